@@ -1,0 +1,1 @@
+"""Train semantic-segmentation networks on any number of processes, with the same numbers."""

@@ -1,0 +1,47 @@
+"""What every entry point shares: arguments, the process group, and one message for a fault in the input."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from fcn import distributed
+from fcn.distributed import World
+from fcn.errors import InputError
+
+BAD_INPUT = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are InputErrors, so that rank 0 alone prints them."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)  # type: ignore[arg-type]
+
+    def add_overrides(self) -> None:
+        self.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a config key, such as optim.lr=0.01 or data.crop=[256,256]")
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def run(main: Callable[[list[str], World], int], argv: list[str] | None = None) -> int:
+    """Call `main(argv, world)` inside the process group and return the exit status.
+
+    An InputError is printed once, by rank 0, without a traceback, and is the cause that torchrun's own report shows.
+    """
+    world = None
+    try:
+        world = distributed.start()
+        return main(sys.argv[1:] if argv is None else argv, world)
+    except InputError as error:
+        if world is None or world.rank == 0:
+            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
+        distributed.report_failure(str(error))
+        distributed.barrier()  # torchrun ends all ranks as soon as one exits: not before the message is out
+        return BAD_INPUT
+    finally:
+        if sys.exc_info()[0] is None or isinstance(sys.exc_info()[1], InputError):
+            distributed.stop()

@@ -1,0 +1,1 @@
+"""From files to batches: labels and classes, data sets, transforms, samplers, loaders."""

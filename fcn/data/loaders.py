@@ -1,0 +1,168 @@
+"""Batches: worker processes that read, the padding collate, and the hand-over to the device."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fcn import distributed, seeding
+from fcn.data.datasets import PairDataset
+from fcn.data.labels import IGNORE_INDEX
+from fcn.data.samplers import Draw, EvalSampler, GlobalBatchSampler, Share
+from fcn.data.transforms import TrainTransform, rescale
+from fcn.errors import InputError
+
+
+class Batch(NamedTuple):
+    images: torch.Tensor
+    """(N, H, W, 3) uint8, each image at the top left."""
+    labels: torch.Tensor
+    """(N, H', W') uint8, 255 = ignore; H' = H and W' = W except in evaluation at a scale."""
+    sizes: torch.Tensor
+    """(N, 2) int64: height and width of each image before padding."""
+    indices: torch.Tensor
+    """(N,) int64: places in the split."""
+
+    @property
+    def padded(self) -> bool:
+        """Whether any image is smaller than the batch (reads host memory; ask before moving to the device)."""
+        return bool((self.sizes != torch.tensor(self.images.shape[1:3])).any())
+
+
+def pad_collate(
+    images: Sequence[np.ndarray], labels: Sequence[np.ndarray], indices: Sequence[int], size: tuple[int, int] | None = None
+) -> Batch:
+    """Stack samples of mixed sizes: images padded at the bottom and right, labels there 255.
+
+    What stands in the padding of the images does not matter: `transforms.to_input` makes it 0 after normalisation.
+
+    Args:
+        images: (h, w, 3) uint8 each.
+        labels: (h, w) uint8 each.
+        size: height and width of the batch; by default the largest of each.
+    """
+    height, width = size or (max(image.shape[0] for image in images), max(image.shape[1] for image in images))
+    stacked = np.zeros((len(images), height, width, 3), np.uint8)
+    targets = np.full((len(images), height, width), IGNORE_INDEX, np.uint8)
+    for row, (image, target) in enumerate(zip(images, labels, strict=True)):
+        h, w = image.shape[:2]
+        stacked[row, :h, :w], targets[row, :h, :w] = image, target
+    sizes = torch.tensor([image.shape[:2] for image in images])
+    return Batch(torch.from_numpy(stacked), torch.from_numpy(targets), sizes, torch.tensor(indices))
+
+
+class TrainShares(Dataset):
+    """Loads a rank's share of a step: `shares[share]` is a Batch, or the InputError that a file caused.
+
+    An error is a value here: raised in a worker, it would reach the user as that worker's traceback.
+    """
+
+    def __init__(self, dataset: PairDataset, transform: TrainTransform, seed: int) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def _rng(self, draw: Draw):
+        return seeding.generator(self.seed, "augment", draw.epoch, draw.index)
+
+    def _size(self, share: Share) -> tuple[int, int]:
+        """Height and width of the whole step's batch, equal on every rank: padding must not depend on who shares it."""
+        if self.transform.crop:
+            return self.transform.crop
+        plans = [self.transform.plan(self.dataset.size(draw.index), self._rng(draw)) for draw in share.all]
+        return max(plan.height for plan in plans), max(plan.width for plan in plans)
+
+    def __getitem__(self, share: Share) -> Batch | InputError:
+        try:
+            pairs = [self.transform(*self.dataset.read(draw.index), self._rng(draw)) for draw in share.mine]
+            return pad_collate(*zip(*pairs, strict=True), [draw.index for draw in share.mine], self._size(share))
+        except InputError as error:
+            return error
+
+
+class EvalBatches(Dataset):
+    """Loads batches of equally sized images, whole; `scale` resizes the images but never the labels."""
+
+    def __init__(self, dataset: PairDataset, scale: float = 1.0) -> None:
+        self.dataset, self.scale = dataset, scale
+
+    def __getitem__(self, indices: Sequence[int]) -> Batch | InputError:
+        try:
+            pairs = [self.dataset.read(index) for index in indices]
+        except InputError as error:
+            return error
+        images = np.stack([np.asarray(rescale(image, self.scale)) for image, _ in pairs])
+        labels = np.stack([np.asarray(mask) for _, mask in pairs])
+        sizes = torch.tensor([image.shape[:2] for image in images])
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), sizes, torch.tensor(indices))
+
+
+def train_loader(shares: TrainShares, sampler: GlobalBatchSampler, workers: int, device: torch.device) -> DataLoader:
+    return _loader(shares, sampler, workers, device)
+
+
+def eval_loader(dataset: PairDataset, sampler: EvalSampler, scale: float, workers: int, device: torch.device) -> DataLoader:
+    return _loader(EvalBatches(dataset, scale), sampler, workers, device)
+
+
+def _loader(dataset: Dataset, sampler: Iterable, workers: int, device: torch.device) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=None,  # the sampler yields whole batches
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_start_worker,
+    )
+
+
+def _start_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the training process decides
+
+
+class Step(NamedTuple):
+    """A step's data on this rank's device, and what all ranks know about the step."""
+
+    batch: Batch
+    padded: bool
+    valid_count: int
+    """Valid pixels of the global batch, over all ranks."""
+    stop: bool
+    """Whether any rank was asked to save and leave before it loaded this step."""
+    waited_s: float
+    """Seconds this rank waited for its loader."""
+
+
+def device_steps(loader: DataLoader, device: torch.device, stop_asked: Callable[[], bool] = lambda: False) -> Iterator[Step]:
+    """Move batches to the device one step ahead of their use, while the ranks agree on what is in them.
+
+    The agreement is one small sum on the CPU, started a step early: the count of valid pixels, whether any rank found a
+    broken file (then all ranks raise the same InputError), and whether any was asked to stop.
+    """
+    pending = None
+    batches = iter(loader)
+    for _ in range(len(loader)):
+        began = time.perf_counter()
+        loaded: Batch | InputError = next(batches)
+        waited_s = time.perf_counter() - began
+        fault = isinstance(loaded, InputError)
+        valid = 0 if fault else int((loaded.labels != IGNORE_INDEX).sum())
+        agreement = distributed.all_reduce_sum_later(torch.tensor([valid, int(fault), int(stop_asked())]))
+        padded = not fault and loaded.padded
+        batch = loaded if fault else Batch(*(tensor.to(device, non_blocking=True) for tensor in loaded))
+        if pending:
+            yield _agreed(*pending)
+        pending = batch, padded, agreement, waited_s
+    if pending:
+        yield _agreed(*pending)
+
+
+def _agreed(batch: Batch | InputError, padded: bool, agreement: Callable[[], torch.Tensor], waited_s: float) -> Step:
+    valid_count, faults, stops = agreement().tolist()
+    if faults:
+        distributed.raise_together(str(batch) if isinstance(batch, InputError) else None)
+    return Step(batch, padded, valid_count, bool(stops), waited_s)

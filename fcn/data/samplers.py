@@ -1,0 +1,96 @@
+"""Who computes what: pure functions of (seed, step, rank, world size)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence, Sized
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import DistributedSampler
+
+from fcn.seeding import permutation
+
+
+class Draw(NamedTuple):
+    """One sample at one point of the run; what augmentation is keyed by."""
+
+    epoch: int
+    index: int
+
+
+class Share(NamedTuple):
+    """What one rank loads for one step."""
+
+    step: int
+    mine: Sequence[Draw]
+    """This rank's samples."""
+    all: Sequence[Draw]
+    """The whole global batch, from which every rank derives the padded size."""
+
+
+class GlobalBatchSampler(DistributedSampler):
+    """This rank's share of every global batch from `start_step` on.
+
+    The data of a run is one endless stream: a random order of the split, then another, and so on. Step s takes the
+    positions [s·B, (s+1)·B) of it, whatever the number of processes, and rank r the r-th part of those. So every image
+    is drawn once per epoch, no batch is short, and a resumed run starts at its step without reading what came before.
+
+    Args:
+        dataset: anything with a length.
+        batch_size: global batch B, a multiple of `world_size`.
+        steps: the run's length; the last step is `steps - 1`.
+        start_step: first step to draw.
+    """
+
+    def __init__(self, dataset: Sized, *, batch_size: int, steps: int, start_step: int, seed: int, rank: int, world_size: int) -> None:
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
+        if batch_size % world_size:
+            raise ValueError(f"a global batch of {batch_size} cannot be shared equally by {world_size} ranks")
+        self.batch_size, self.steps, self.start_step = batch_size, steps, start_step
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def global_batch(self, step: int) -> list[Draw]:
+        """The samples of one step, in order."""
+        size = len(self.dataset)  # type: ignore[arg-type]
+        return [self._draw(position // size, position % size) for position in range(step * self.batch_size, (step + 1) * self.batch_size)]
+
+    def _draw(self, epoch: int, place: int) -> Draw:
+        if self._order[0] != epoch:
+            self._order = epoch, permutation(len(self.dataset), self.seed, "order", epoch)  # type: ignore[arg-type]
+        return Draw(epoch, int(self._order[1][place]))
+
+    def __iter__(self) -> Iterator[Share]:  # type: ignore[override]
+        part = self.batch_size // self.num_replicas
+        for step in range(self.start_step, self.steps):
+            batch = self.global_batch(step)
+            yield Share(step, batch[self.rank * part : (self.rank + 1) * part], batch)
+
+    def __len__(self) -> int:
+        return max(0, self.steps - self.start_step)
+
+    def set_epoch(self, epoch: int) -> None:
+        raise TypeError("the epoch follows from the step; construct the sampler with start_step instead")
+
+
+class EvalSampler:
+    """Batches of equally sized images that give every image of a split to exactly one rank.
+
+    Images are sorted by size and dealt out in turn, so that each rank gets its part of every size. No image is repeated
+    to even out the ranks: some ranks have one image fewer, and evaluation needs no collective per batch.
+    """
+
+    def __init__(self, sizes: Sequence[tuple[int, int]], *, batch_size: int, rank: int, world_size: int) -> None:
+        order = sorted(range(len(sizes)), key=lambda index: (sizes[index], index))
+        self.batches: list[list[int]] = []
+        for index in order[rank::world_size]:
+            last = self.batches[-1] if self.batches else None
+            if last and len(last) < batch_size and sizes[last[0]] == sizes[index]:
+                last.append(index)
+            else:
+                self.batches.append([index])
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)

@@ -1,0 +1,102 @@
+"""From a decoded pair to arrays of the training size, and from uint8 batches to the network's input.
+
+Joint transforms choose all their numbers from one generator keyed by (seed, epoch, index), so a sample looks the same
+whichever process or worker makes it.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Plan(NamedTuple):
+    """What a training transform does to one sample, decided from its size alone."""
+
+    height: int
+    """Size of the result, at most the crop's."""
+    width: int
+    box: tuple[float, float, float, float]
+    """The part of the source that becomes the result: left, top, right, bottom in source pixels."""
+    flip: bool
+
+
+class TrainTransform:
+    """Random resize, random crop, random horizontal flip.
+
+    An image smaller than the crop stays as it is; the collate pads it.
+    """
+
+    def __init__(self, crop: tuple[int, int] | None, scale: tuple[float, float] | None, hflip: float) -> None:
+        self.crop, self.scale, self.hflip = crop, scale, hflip
+
+    def plan(self, size: tuple[int, int], rng: random.Random) -> Plan:
+        """Choose everything for an image of `size` (height, width)."""
+        low, high = self.scale or (1.0, 1.0)
+        scale = low + (high - low) * rng.random()
+        full_height, full_width = (max(1, round(side * scale)) for side in size)
+        height, width = full_height, full_width
+        if self.crop:
+            height, width = min(full_height, self.crop[0]), min(full_width, self.crop[1])
+        top = int(rng.random() * (full_height - height + 1))
+        left = int(rng.random() * (full_width - width + 1))
+        per_row, per_column = size[0] / full_height, size[1] / full_width
+        box = (left * per_column, top * per_row, (left + width) * per_column, (top + height) * per_row)
+        # The last crop position must not reach past the source by a rounding error: Pillow refuses such a box.
+        box = (box[0], box[1], min(box[2], size[1]), min(box[3], size[0]))
+        return Plan(height, width, box, rng.random() < self.hflip)
+
+    def __call__(self, image: Image.Image, labels: Image.Image, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+        """Returns image (h, w, 3) uint8 and labels (h, w) uint8."""
+        plan = self.plan((image.height, image.width), rng)
+        pixels = np.asarray(resample(image, plan, Image.Resampling.BILINEAR))
+        classes = np.asarray(resample(labels, plan, Image.Resampling.NEAREST))
+        return (pixels[:, ::-1], classes[:, ::-1]) if plan.flip else (pixels, classes)
+
+
+def resample(image: Image.Image, plan: Plan, how: Image.Resampling) -> Image.Image:
+    """Only the pixels that the crop keeps are computed."""
+    size = (plan.width, plan.height)
+    if plan.box == (0, 0, *image.size) and size == image.size:
+        return image
+    if (plan.box[2] - plan.box[0], plan.box[3] - plan.box[1]) == size:
+        return image.crop(tuple(map(round, plan.box)))
+    return image.resize(size, how, box=plan.box)
+
+
+def rescale(image: Image.Image, scale: float) -> Image.Image:
+    """Resize by a factor, antialiased, as evaluation does before the network."""
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
+
+
+def to_input(images: torch.Tensor, sizes: torch.Tensor | None, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
+    """Normalise a batch on its device by ImageNet's mean and standard deviation; padding becomes exactly 0.
+
+    Args:
+        images: (N, H, W, 3) uint8, the valid part of each at its top left.
+        sizes: (N, 2) int64 height and width of the valid parts; None if nothing is padded.
+        dtype: of the result.
+        channels_last: memory format of the result.
+
+    Returns:
+        (N, 3, H, W) of `dtype`.
+    """
+    mean = torch.tensor(IMAGENET_MEAN, dtype=dtype, device=images.device) * 255
+    std = torch.tensor(IMAGENET_STD, dtype=dtype, device=images.device) * 255
+    result = (images.to(dtype) - mean) / std
+    if sizes is not None:
+        rows = torch.arange(images.shape[1], device=images.device)
+        columns = torch.arange(images.shape[2], device=images.device)
+        inside = (rows < sizes[:, :1])[:, :, None] & (columns < sizes[:, 1:])[:, None, :]
+        result = result * inside[..., None]
+    # NHWC data seen as NCHW is the channels-last format already.
+    result = result.permute(0, 3, 1, 2)
+    return result if channels_last else result.contiguous()

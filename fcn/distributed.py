@@ -1,0 +1,210 @@
+"""Processes: who we are, and everything that crosses between us.
+
+The only module that imports `torch.distributed` or reads RANK, SLURM_PROCID and their like. With one process
+there is no process group and every function here does nothing, at no cost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import inspect
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fcn.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process's place in the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    launcher: str
+    """torchrun, slurm or python."""
+
+
+def read_place(environ: Mapping[str, str]) -> tuple[int, int, int, str]:
+    """(rank, world size, local rank, launcher) from the variables that torchrun or `srun` sets; else one process."""
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0)), "torchrun"
+    # An sbatch script itself has SLURM_PROCID=0 and SLURM_NTASKS=N; only `srun` sets the step's variables.
+    if "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
+        place = [int(environ[key]) for key in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")]
+        return place[0], place[1], place[2], "slurm"
+    return 0, 1, 0, "python"
+
+
+def slurm_rendezvous(environ: Mapping[str, str]) -> tuple[str, str]:
+    """(address, port) on which the tasks of a SLURM step meet: the step's first host, and a port of its own.
+
+    MASTER_ADDR and MASTER_PORT win where the site needs another address.
+    """
+    if environ.get("SLURM_STEP_NUM_NODES") == "1":
+        address = "127.0.0.1"
+    else:  # "gpu[07-09,12],big3" → "gpu07"
+        first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+        address = re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group() if first else "127.0.0.1")
+    # Two steps of one job, or two jobs on one node, must not meet on one port.
+    job, step = (int(environ.get(key, "0")) for key in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    port = 20000 + (job * 7 + step) % 20000
+    return environ.get("MASTER_ADDR", address), environ.get("MASTER_PORT", str(port))
+
+
+def start(timeout_s: float = 1800) -> World:
+    """Find the device and join the process group.
+
+    NCCL carries GPU tensors and gloo CPU tensors. FCN_BACKEND=gloo puts both on gloo, so that several
+    processes can share one GPU, which NCCL refuses.
+
+    Raises:
+        InputError: more processes on this machine than GPUs.
+    """
+    rank, size, local_rank, launcher = read_place(os.environ)
+    gloo_only = os.environ.get("FCN_BACKEND") == "gloo"
+    gpus = torch.cuda.device_count()
+    if gpus:
+        if local_rank >= gpus and not gloo_only:
+            if local_rank == gpus:
+                raise InputError(
+                    f"found {gpus} GPUs for more processes than that on this machine; start {gpus} (torchrun --nproc_per_node={gpus})"
+                )
+            wait_for_the_message()
+        device = torch.device("cuda", local_rank % gpus)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if size > 1:
+        if launcher == "slurm":
+            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = slurm_rendezvous(os.environ)
+        nccl = device.type == "cuda" and not gloo_only
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if nccl else "gloo",
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+            device_id=device if nccl else None,
+        )
+    return World(rank, size, local_rank, device, launcher)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_active() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def uses_nccl(device: torch.device) -> bool:
+    return is_active() and device.type == "cuda" and "nccl" in str(dist.get_backend_config())
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over all ranks, in place; every rank must call it."""
+    if is_active():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_sum_later(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start summing a CPU tensor over all ranks, in place; the returned function waits for the result."""
+    work = dist.all_reduce(tensor, async_op=True) if is_active() else None
+
+    def wait() -> torch.Tensor:
+        if work is not None:
+            work.wait()
+        return tensor
+
+    return wait
+
+
+def gather(value: T) -> list[T]:
+    """`value` of every rank, in rank order, on every rank. For small plain objects, not for a step's data."""
+    if not is_active():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    if is_active():
+        gather(None)
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run `action` on every rank; if it finds the input at fault anywhere, every rank raises that InputError.
+
+    Without the agreement, a rank that cannot read a file leaves the others waiting in the next collective.
+    """
+    result, fault = None, None
+    try:
+        result = action()
+    except InputError as error:
+        fault = str(error)
+    raise_together(fault)
+    return result  # type: ignore[return-value]
+
+
+def raise_together(fault: str | None) -> None:
+    """Raise InputError on every rank if any rank has a fault, each different fault once, naming the ranks if not all."""
+    faults = gather(fault)
+    ranks: dict[str, list[int]] = {}
+    for rank, message in enumerate(faults):
+        if message:
+            ranks.setdefault(message, []).append(rank)
+    if ranks:
+        raise InputError(
+            "\n".join(
+                message if len(where) == len(faults) else f"{message} [rank {', '.join(map(str, where))}]" for message, where in ranks.items()
+            )
+        )
+
+
+def data_parallel(model: nn.Module, world: World, sync_bn: bool) -> nn.Module:
+    """The model under DistributedDataParallel; itself with one process."""
+    if not is_active():
+        return model
+    # Synchronised statistics are equal on all ranks already; per-rank ones would drift apart without the broadcast.
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in PyTorch 2.14
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{sync_buffers: not sync_bn})
+
+
+def local_gradients(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Inside, gradients accumulate on this rank and are not exchanged."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def report_failure(message: str) -> None:
+    """Leave the message where torchrun looks for the cause, so that its own report ends with it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"timestamp": str(int(time.time())), "py_callstack": ""}
+        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+
+
+def wait_for_the_message(seconds: float = 15) -> None:
+    """Give the rank that prints the message time to do so: torchrun ends all ranks as soon as one exits."""
+    time.sleep(seconds)
+    raise SystemExit(2)

@@ -1,0 +1,367 @@
+"""The loop: one training step, one evaluation, one run."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from fcn import checkpoint, distributed, pictures
+from fcn.config import Config, config_changes, to_dict, total_steps
+from fcn.data.datasets import PairDataset
+from fcn.data.loaders import Batch, Step, TrainShares, device_steps, eval_loader, train_loader
+from fcn.data.samplers import EvalSampler, GlobalBatchSampler
+from fcn.data.transforms import TrainTransform, rescale, to_input
+from fcn.distributed import World
+from fcn.errors import InputError
+from fcn.losses import LOSSES
+from fcn.metrics import ConfusionMatrix
+from fcn.optim import learning_rate, set_learning_rate
+from fcn.preempt import StopFlag
+from fcn.tracking import Console, Record, Trackers, score_table, write_atomically
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """How the forward pass computes."""
+
+    precision: str
+    channels_last: bool
+    device: torch.device
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        return torch.float64 if self.precision == "fp64" else torch.float32
+
+    def autocast(self) -> Any:
+        if self.precision in ("bf16", "fp16"):
+            return torch.autocast(self.device.type, DTYPES[self.precision])
+        return nullcontext()
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """fp16 gradients underflow without scaling; the other precisions need none, and the scaler then does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def place(self, model: nn.Module) -> nn.Module:
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return model.to(self.device, self.input_dtype, memory_format=layout)
+
+
+def train_step(
+    model: nn.Module,
+    step: Step,
+    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    numerics: Numerics,
+    *,
+    micro_batch: int | None,
+    grad_clip: float | None,
+    world_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward, backward and update on this rank's share; nothing here waits for the device.
+
+    The gradient is that of the loss sum over all valid pixels of the global batch, divided by their count: each rank divides its
+    sum by the global count, and multiplies by the world size because DistributedDataParallel averages.
+
+    Returns:
+        (this rank's loss sum divided by the global count, norm of the global gradient before clipping), scalars on the device.
+    """
+    batch = step.batch
+    parts = max(1, math.ceil(len(batch.images) / (micro_batch or len(batch.images))))
+    optimizer.zero_grad(set_to_none=True)
+    loss = torch.zeros((), dtype=numerics.input_dtype, device=batch.images.device)
+    for part, (images, labels, sizes) in enumerate(zip(*(t.chunk(parts) for t in batch[:3]), strict=True), start=1):
+        with distributed.local_gradients(model) if part < parts else nullcontext():
+            with numerics.autocast():
+                logits = model(to_input(images, sizes if step.padded else None, numerics.input_dtype, numerics.channels_last))
+                part_loss = loss_fn(logits, labels.long()) / max(1, step.valid_count)
+            scaler.scale(part_loss * world_size).backward()
+        loss += part_loss.detach()
+    scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    return loss, grad_norm
+
+
+def predict(model: nn.Module, images: torch.Tensor, size: tuple[int, int], numerics: Numerics) -> torch.Tensor:
+    """Classes (N, *size) int64 for images (N, H, W, 3) uint8 on the device; logits are resized to `size` before the argmax."""
+    with numerics.autocast():
+        logits = model(to_input(images, None, numerics.input_dtype, numerics.channels_last))
+    if logits.shape[-2:] != size:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = nn.functional.interpolate(wide, size=size, mode="bilinear", align_corners=False)
+    return logits.argmax(dim=1)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, dataset: PairDataset, config: Config, world: World, numerics: Numerics) -> tuple[ConfusionMatrix, int]:
+    """Score every image of a split exactly once, whole, at the native size of its labels.
+
+    Returns:
+        (the confusion matrix over all ranks, the number of images counted).
+
+    Raises:
+        InputError: on every rank, if any rank met a broken file.
+        RuntimeError: an image was counted twice or not at all.
+    """
+    sizes = distributed.together(lambda: [dataset.size(index) for index in range(len(dataset))])
+    sampler = EvalSampler(sizes, batch_size=config.eval.batch_size, rank=world.rank, world_size=world.size)
+    loader: DataLoader[Batch] = eval_loader(dataset, sampler, config.eval.scale, config.data.workers, world.device)
+    matrix = ConfusionMatrix(len(dataset.classes), device=world.device)
+    seen = torch.zeros(len(dataset), dtype=torch.int64)
+    fault = None
+    was_training = model.training
+    model.eval()
+    for batch in loader:
+        if isinstance(batch, InputError):
+            fault = str(batch)
+            break
+        seen[batch.indices] += 1
+        images, labels = (tensor.to(world.device, non_blocking=True) for tensor in batch[:2])
+        matrix.update(labels, predict(model, images, tuple(labels.shape[-2:]), numerics))
+    model.train(was_training)
+    distributed.raise_together(fault)
+    matrix.all_reduce()
+    distributed.all_reduce_sum(seen)
+    if not bool((seen == 1).all()):
+        raise RuntimeError(f"evaluation must count each image once, but counted image {int((seen != 1).nonzero()[0])} {seen.max()} times")
+    return matrix, int(seen.sum())
+
+
+class Run:
+    """Everything a run consists of, and its state as plain data."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        splits: dict[str, PairDataset],
+        tracker_id: str,
+    ) -> None:
+        self.config, self.world, self.model, self.optimizer, self.splits = config, world, model, optimizer, splits
+        self.numerics = Numerics(config.train.precision, config.train.channels_last, world.device)
+        self.scaler = self.numerics.scaler()
+        self.steps = total_steps(config.train, len(splits[config.data.train]))
+        self.folder = Path(config.run_dir)
+        self.checkpoints = self.folder / "checkpoints"
+        self.step = 0
+        """Finished steps. The position in the data and the learning rate follow from it."""
+        self.best: Record | None = None
+        self.last_eval: Record | None = None
+        self.tracker_id = tracker_id
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "best": self.best,
+            "last_eval": self.last_eval,
+            "tracker_id": self.tracker_id,
+            "config": to_dict(self.config),
+            "classes": list(self.splits[self.config.data.train].classes.names),
+            "world_size": self.world.size,
+            "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__), "numpy": np.__version__},
+        }
+
+    def load(self, state: dict[str, Any], source: Path) -> list[str]:
+        """Continue from a checkpoint's state; returns the config differences that are allowed.
+
+        Raises:
+            InputError: the checkpoint belongs to another run, or has no training state.
+        """
+        fatal, harmless = config_changes(state["config"], to_dict(self.config))
+        if fatal:
+            raise InputError(
+                f"{source}: this checkpoint belongs to another run: {'; '.join(fatal)}; "
+                f"set these keys back to resume, or give the new run its own run_dir"
+            )
+        if "optimizer" not in state:
+            raise InputError(f"{source}: holds weights only; resume from a step_*.pt file")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.best, self.last_eval = state["step"], state["best"], state["last_eval"]
+        self.tracker_id = state["tracker_id"]
+        return harmless
+
+    def save(self) -> None:
+        """Rank 0 writes the checkpoint; the others have nothing that it lacks."""
+        if self.world.rank == 0:
+            checkpoint.save_checkpoint(checkpoint.checkpoint_path(self.checkpoints, self.step), self.state())
+            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep)
+
+    def save_best(self) -> None:
+        if self.world.rank == 0:
+            state = {key: value for key, value in self.state().items() if key not in ("optimizer", "scaler")}
+            checkpoint.save_checkpoint(self.checkpoints / "best.pt", state)
+
+    def score(self, model: nn.Module, split: str) -> Record:
+        """Evaluate a split, and draw panels of its first images."""
+        dataset = self.splits[split]
+        matrix, images = evaluate(model, dataset, self.config, self.world, self.numerics)
+        record = {"event": "eval", "step": self.step, "split": split, **matrix.scores(dataset.classes.names), "images": images}
+        if self.world.rank == 0 and self.config.eval.pictures:
+            self._draw_panels(model, dataset, self.folder / "pictures" / f"{split}_{self.step:08d}.png")
+        return record
+
+    @torch.inference_mode()
+    def _draw_panels(self, model: nn.Module, dataset: PairDataset, path: Path) -> None:
+        model.eval()
+        rows = []
+        # Spread over the split: neighbours are often frames of one video.
+        shown = min(self.config.eval.pictures, len(dataset))
+        for index in (i * len(dataset) // shown for i in range(shown)):
+            image, mask = dataset.read(index)
+            pixels = np.asarray(rescale(image, self.config.eval.scale))
+            batch = torch.from_numpy(pixels.copy())[None].to(self.world.device)
+            classes = predict(model, batch, (mask.height, mask.width), self.numerics)[0]
+            rows.append((np.asarray(image), np.asarray(mask), classes.cpu().numpy(), dataset.name(index)))
+        model.train()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pictures.panels(rows, dataset.classes).save(path)
+
+
+def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Record:
+    """Train from `run.step` to the end or to a signal, and return the summary."""
+    config, world, train = run.config, run.world, run.config.train
+    network = torch.compile(run.model) if train.compile else run.model
+    parallel = distributed.data_parallel(network, world, train.sync_bn)
+    parallel.train()
+    step_args = {"micro_batch": train.micro_batch, "grad_clip": train.grad_clip, "world_size": world.size}
+    dataset = run.splits[config.data.train]
+    pace = Pace(train.batch_size, run.step, run.steps)
+    for data in _training_data(run, dataset, stop):
+        if data.stop and run.step < run.steps:
+            run.save()
+            return _summary(run, "preempted")
+        lr = learning_rate(run.step, run.steps, config.optim)
+        set_learning_rate(run.optimizer, lr)
+        loss, grad_norm = train_step(parallel, data, LOSSES[config.loss.name], run.optimizer, run.scaler, run.numerics, **step_args)
+        run.step += 1
+        pace.step(data.waited_s)
+        last = run.step == run.steps
+        log_due, eval_due, save_due = (last or run.step % every == 0 for every in (train.log_every, config.eval.every, config.checkpoint.every))
+        if log_due or save_due:
+            value = float(distributed.all_reduce_sum(loss))
+            if not math.isfinite(value):
+                raise InputError(_diverged(run, value))
+        if log_due:
+            epoch = run.step * train.batch_size / len(dataset)
+            record = {"event": "train", "step": run.step, "steps": run.steps, "epoch": epoch, "loss": value, "lr": lr}
+            trackers.log(record | {"grad_norm": float(grad_norm), **pace.read()})
+        if eval_due:
+            with pace.paused():
+                run.last_eval = run.score(network, config.data.val)
+                trackers.log(run.last_eval)
+                if run.best is None or (run.last_eval["miou"] or 0) > run.best["miou"]:
+                    run.best = {"miou": run.last_eval["miou"] or 0.0, "step": run.step}
+                    run.save_best()
+        if save_due:
+            with pace.paused():
+                run.save()
+    return _finish(run, network, console, trackers)
+
+
+def _training_data(run: Run, dataset: PairDataset, stop: StopFlag):
+    config, world = run.config, run.world
+    transform = TrainTransform(config.data.crop, config.data.scale, config.data.hflip)
+    sampler = GlobalBatchSampler(
+        dataset,
+        batch_size=config.train.batch_size,
+        steps=run.steps,
+        start_step=run.step,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    loader = train_loader(TrainShares(dataset, transform, config.seed), sampler, config.data.workers, world.device)
+    return device_steps(loader, world.device, stop)
+
+
+def _finish(run: Run, model: nn.Module, console: Console, trackers: Trackers) -> Record:
+    """Score the test split if there is one, draw the curves, write the summary."""
+    final = run.last_eval
+    if run.config.data.test:
+        final = run.score(model, run.config.data.test)
+        trackers.log(final)
+    if run.world.rank == 0:
+        try:
+            pictures.curves(run.folder / "metrics.jsonl", run.folder / "pictures" / "curves.png")
+        except Exception as error:  # a picture must not cost a finished run
+            console.line(f"warning: no curves.png ({type(error).__name__}: {error})")
+        assert final is not None
+        console.line(score_table(final))
+    return _summary(run, "finished", final)
+
+
+def _summary(run: Run, status: str, final: Record | None = None) -> Record:
+    """summary.json: where the run stands. The scores are those of the weights of the last step."""
+    scores = {key: value for key, value in (final or {}).items() if key not in ("event", "step")}
+    summary = {"status": status, "step": run.step, "steps": run.steps, "miou": None, "images": None, **scores, "best": run.best}
+    if run.world.rank == 0:
+        write_atomically(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _diverged(run: Run, value: float) -> str:
+    good = checkpoint.list_checkpoints(run.checkpoints)
+    where = f"the last checkpoint before is {good[-1]}" if good else "there is no checkpoint yet"
+    return f"step {run.step}: the loss is {value}; lower optim.lr, lengthen optim.warmup or set train.grad_clip; {where}"
+
+
+class Pace:
+    """Throughput, data wait and remaining time, from the clock of the host alone."""
+
+    def __init__(self, batch_size: int, step: int, steps: int) -> None:
+        self.batch_size, self.remaining = batch_size, steps - step
+        self.began = time.perf_counter()
+        self.count, self.waited_s, self.paused_s = 0, 0.0, 0.0
+        self.total_s, self.total_count = 0.0, 0
+
+    def step(self, waited_s: float) -> None:
+        self.count += 1
+        self.waited_s += waited_s
+
+    def paused(self) -> Pace:
+        """A context whose duration is no training time."""
+        return self
+
+    def __enter__(self) -> None:
+        self._pause_began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.paused_s += time.perf_counter() - self._pause_began
+
+    def read(self) -> Record:
+        """Figures since the last reading."""
+        now = time.perf_counter()
+        elapsed = max(1e-9, now - self.began - self.paused_s)
+        self.total_s, self.total_count = self.total_s + now - self.began, self.total_count + self.count
+        self.remaining -= self.count
+        record = {
+            "images_per_s": self.count * self.batch_size / elapsed,
+            "data_wait": min(1.0, self.waited_s / elapsed),
+            "eta_s": self.remaining * self.total_s / self.total_count,
+        }
+        self.began, self.count, self.waited_s, self.paused_s = now, 0, 0.0, 0.0
+        return record

@@ -1,0 +1,27 @@
+"""Losses as sums over pixels. The division by the valid pixels of the global batch is the engine's."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from fcn.data.labels import IGNORE_INDEX
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross-entropy over all valid pixels; 0, with zero gradients, if there is none.
+
+    Args:
+        logits: (N, C, H, W) float.
+        labels: (N, H, W) int64 from 0 to C-1, 255 = ignore.
+
+    Returns:
+        scalar, float32 or the logits' wider type.
+    """
+    # One row a pixel: a view of channels-last logits, and on GPUs the form whose kernel is deterministic.
+    rows = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1])
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return F.cross_entropy(rows, labels.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+LOSSES = {"cross_entropy": cross_entropy}

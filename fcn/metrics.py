@@ -1,0 +1,78 @@
+"""Scores from one exact integer confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fcn import distributed
+
+
+class ConfusionMatrix:
+    """Pixel counts: `counts[label, prediction]`, (C, C) int64.
+
+    Integers, so the order of images, batches and ranks cannot matter, and no count is lost past 2^24 as in float32.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str = "cpu") -> None:
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        # Two more bins than pairs of classes: ignored pixels, and values that are no class.
+        self._bins = torch.zeros(num_classes * num_classes + 2, dtype=torch.int64, device=device)
+
+    def update(self, labels: torch.Tensor, predictions: torch.Tensor) -> None:
+        """Count a batch. Both of one shape, any integer type; labels 0 to C-1 or `ignore_index`, predictions 0 to C-1.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        if labels.shape != predictions.shape:
+            raise ValueError(f"labels {tuple(labels.shape)} and predictions {tuple(predictions.shape)} must have one shape")
+        c = self.num_classes
+        labels, predictions = (t.detach().to(self._bins.device, torch.int64).reshape(-1) for t in (labels, predictions))
+        no_class = (labels < 0) | (labels >= c) | (predictions < 0) | (predictions >= c)
+        bins = torch.where(no_class, c * c + 1, labels * c + predictions)
+        bins = torch.where(labels == self.ignore_index, c * c, bins)
+        self._bins += torch.bincount(bins, minlength=c * c + 2)
+
+    def all_reduce(self) -> None:
+        """Add the counts of all ranks; every rank must call it, once, after its last batch."""
+        distributed.all_reduce_sum(self._bins)
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """(C, C) int64 on the CPU, labels down, predictions across.
+
+        Raises:
+            ValueError: a label or prediction was no class.
+        """
+        bins = self._bins.cpu()
+        if bins[-1]:
+            raise ValueError(f"{int(bins[-1])} pixels have a label or prediction outside 0 to {self.num_classes - 1}")
+        return bins[:-2].reshape(self.num_classes, self.num_classes)
+
+    def scores(self, names: Sequence[str]) -> dict[str, Any]:
+        """Scores in 0..1, computed in float64 (definitions: Long, Shelhamer, Darrell 2015, section 5).
+
+        `iou` of a class that occurs neither in labels nor in predictions is None; it enters no mean. `classes` is the
+        number that entered `miou`. With no valid pixel at all every score is None.
+        """
+        counts = self.counts.double()
+        correct, labelled, predicted = counts.diag(), counts.sum(1), counts.sum(0)
+        total = labelled.sum()
+        union = labelled + predicted - correct
+        present, seen = union > 0, labelled > 0
+        iou = correct / union
+        return {
+            "miou": _value(iou[present].mean()),
+            "iou": {name: _value(value) for name, value in zip(names, iou, strict=True)},
+            "pixel_acc": _value(correct.sum() / total),
+            "mean_acc": _value((correct / labelled)[seen].mean()),
+            "fw_iou": _value((labelled[seen] * iou[seen]).sum() / total),
+            "classes": int(present.sum()),
+        }
+
+
+def _value(score: torch.Tensor) -> float | None:
+    return None if torch.isnan(score) else float(score)

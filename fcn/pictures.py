@@ -1,0 +1,107 @@
+"""Pictures of a run: image | label | prediction panels with a legend, and training curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from fcn.data.labels import IGNORE_INDEX, Classes
+
+IGNORE_COLOUR = (224, 224, 192)
+CELL = 360
+"""Widest side of an image in a panel, in pixels."""
+GAP = 8
+
+
+def colourise(labels: np.ndarray, classes: Classes) -> Image.Image:
+    """Labels (H, W) integer as an RGB image in the palette's colours; 255 in `IGNORE_COLOUR`."""
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(classes)] = classes.palette
+    table[IGNORE_INDEX] = IGNORE_COLOUR
+    return Image.fromarray(table[labels])
+
+
+def panels(rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, str]], classes: Classes) -> Image.Image:
+    """One row a sample: image, label, prediction; the legend names every class that occurs.
+
+    Args:
+        rows: image (H, W, 3) uint8, labels (H, W), predictions (H, W), caption.
+    """
+    font = ImageFont.load_default(14)
+    cells, captions, used = [], [], set()
+    for image, labels, predictions, caption in rows:
+        scale = CELL / max(image.shape[:2])
+        size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+        colours = [colourise(part, classes).resize(size, Image.Resampling.NEAREST) for part in (labels, predictions)]
+        cells.append([Image.fromarray(image).resize(size, Image.Resampling.BILINEAR), *colours])
+        captions.append(caption)
+        used |= set(np.unique(labels)) | set(np.unique(predictions))
+    entries = [(classes.names[i], classes.palette[i]) for i in range(len(classes)) if i in used]
+    if IGNORE_INDEX in used:
+        entries.append(("ignored", IGNORE_COLOUR))
+    width = 3 * CELL + 4 * GAP
+    legend = _legend(entries, width, font)
+    height = 28 + sum(row[0].height + 24 for row in cells) + legend.height + GAP
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(("image", "label", "prediction")):
+        draw.text((GAP + column * (CELL + GAP), 6), title, fill="black", font=font)
+    y = 28
+    for row, caption in zip(cells, captions, strict=True):
+        for column, cell in enumerate(row):
+            sheet.paste(cell, (GAP + column * (CELL + GAP), y))
+        y += row[0].height
+        draw.text((GAP, y + 2), caption, fill="dimgray", font=font)
+        y += 24
+    sheet.paste(legend, (0, y))
+    return sheet
+
+
+def _legend(entries: Sequence[tuple[str, tuple[int, int, int]]], width: int, font: ImageFont.FreeTypeFont) -> Image.Image:
+    line, box = 24, 14
+    places, x, y = [], GAP, 0
+    for name, _ in entries:
+        needed = box + 6 + int(font.getlength(name)) + 18
+        if x + needed > width and x > GAP:
+            x, y = GAP, y + line
+        places.append((x, y))
+        x += needed
+    image = Image.new("RGB", (width, y + line), "white")
+    draw = ImageDraw.Draw(image)
+    for (name, colour), (x, y) in zip(entries, places, strict=True):
+        draw.rectangle((x, y + 4, x + box, y + 4 + box), fill=colour, outline="gray")
+        draw.text((x + box + 6, y + 2), name, fill="black", font=font)
+    return image
+
+
+def curves(metrics: Path, output: Path) -> None:
+    """Draw metrics.jsonl: loss, learning rate, mIoU and throughput over the steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    train = [record for record in records if record["event"] == "train"]
+    evals = [record for record in records if record["event"] == "eval"]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2).ravel()
+    titles = {"loss": "training loss (global mean)", "lr": "learning rate", "images_per_s": "images / s, all processes"}
+    for axis, (key, title) in zip(axes, titles.items(), strict=False):
+        axis.plot([record["step"] for record in train], [record[key] for record in train], linewidth=1)
+        axis.set_title(title)
+    axes[0].set_yscale("log")
+    for split in sorted({record["split"] for record in evals}):
+        points = [(record["step"], record["miou"]) for record in evals if record["split"] == split and record["miou"] is not None]
+        axes[3].plot(*zip(*points, strict=True) if points else ([], []), marker="o", label=split)
+    axes[3].set_title("mIoU")
+    axes[3].set_ylim(0, 1)
+    if evals:
+        axes[3].legend()
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    figure.savefig(output, dpi=110)

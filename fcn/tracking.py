@@ -1,0 +1,211 @@
+"""What is recorded and shown: console, log file, metrics.jsonl, Weights & Biases. Rank 0 only, and no collective.
+
+A record is a plain dict with "event" ("train" or "eval") and "step" (finished steps). A tracker that fails is named once
+and dropped: it never stops training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+Record = dict[str, Any]
+
+
+class Tracker(Protocol):
+    def log(self, record: Record) -> None: ...
+
+    def close(self, summary: Record) -> None: ...
+
+
+class Console:
+    """Lines for people: on a terminal a progress line that is rewritten in place, elsewhere plain lines with the time.
+
+    Everything also goes to `log_file`, as plain lines.
+    """
+
+    def __init__(self, stream: TextIO | None = None, log_file: Path | None = None) -> None:
+        self.stream = sys.stdout if stream is None else stream
+        self.file = log_file.open("a", encoding="utf-8") if log_file else None
+        self.live = self.stream.isatty()
+        self._width = 0
+
+    @classmethod
+    def silent(cls) -> Console:
+        """For the ranks that do not speak."""
+        return cls(stream=open(os.devnull, "w"))  # noqa: SIM115
+
+    def line(self, text: str) -> None:
+        for one in text.splitlines():
+            self._write(one, end="\n")
+
+    def progress(self, text: str) -> None:
+        self._write(text, end="" if self.live else "\n")
+
+    def _write(self, text: str, end: str) -> None:
+        stamped = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
+        if self.file:
+            print(stamped, file=self.file, flush=True)
+        if self.live:
+            padding = " " * (self._width - len(text))
+            self._width = 0 if end else len(text)
+            print(f"\r{text}{padding}", end=end, file=self.stream, flush=True)
+        else:
+            print(stamped, file=self.stream, flush=True)
+
+    def log(self, record: Record) -> None:
+        if record["event"] == "train":
+            self.progress(
+                f"step {record['step']}/{record['steps']}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+                f"{record['images_per_s']:.1f} images/s  data wait {record['data_wait']:.0%}  ETA {duration(record['eta_s'])}"
+            )
+        else:
+            self.line(score_line(record))
+
+    def close(self, summary: Record) -> None:
+        pass  # there is still something to say
+
+
+class JsonLines:
+    """metrics.jsonl: one record a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("a", encoding="utf-8")
+
+    def log(self, record: Record) -> None:
+        print(json.dumps(record), file=self.file, flush=True)
+
+    def close(self, summary: Record) -> None:
+        self.file.close()
+
+
+class WandB:
+    """Weights & Biases, one run across restarts: `run_id` comes from the checkpoint."""
+
+    def __init__(self, mode: str, project: str, run_dir: Path, run_id: str, config: Record) -> None:
+        import wandb
+
+        if mode == "auto":
+            mode = "online" if wandb_credentials() else "offline"
+        self.run = wandb.init(
+            project=project, id=run_id, name=run_dir.name, dir=str(run_dir), config=config, mode=mode, resume="allow",
+            settings=wandb.Settings(silent=True, console="off"),
+        )  # fmt: skip
+
+    def log(self, record: Record) -> None:
+        prefix = "train" if record["event"] == "train" else record["split"]
+        values = {f"{prefix}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
+        values |= {f"{prefix}/iou/{name}": value for name, value in record.get("iou", {}).items() if value is not None}
+        self.run.log({**values, "step": record["step"]})
+
+    def close(self, summary: Record) -> None:
+        self.run.summary.update({key: value for key, value in summary.items() if isinstance(value, int | float | str)})
+        self.run.finish(exit_code=0 if summary["status"] == "finished" else 1)
+
+
+def wandb_credentials() -> bool:
+    """Whether W&B could log in without asking: a key in the environment or in the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        from wandb.sdk.lib import apikey
+
+        return bool(apikey.api_key())
+    except Exception:
+        return False
+
+
+class Trackers:
+    """Several trackers as one. One that raises is reported through `warn` and dropped."""
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self.warn = warn
+        self.trackers: list[Tracker] = []
+
+    def add(self, build: Callable[[], Tracker]) -> None:
+        self._try(lambda: self.trackers.append(build()), "starting a tracker")
+
+    def log(self, record: Record) -> None:
+        for tracker in list(self.trackers):
+            if not self._try(lambda tracker=tracker: tracker.log(record), type(tracker).__name__):
+                self.trackers.remove(tracker)
+
+    def close(self, summary: Record) -> None:
+        for tracker in self.trackers:
+            self._try(lambda tracker=tracker: tracker.close(summary), type(tracker).__name__)
+
+    def _try(self, action: Callable[[], Any], what: str) -> bool:
+        try:
+            action()
+        except Exception as error:
+            self.warn(f"warning: {what} failed and is switched off; training goes on ({type(error).__name__}: {error})")
+            return False
+        return True
+
+
+def rewind_metrics(path: Path, step: int, final_split: str | None) -> None:
+    """Drop the records of steps that a resumed run will do again, and a line that a crash cut in half.
+
+    The score of `final_split` is taken after the last checkpoint, so it is done again too.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= step and not (final_split and record.get("split") == final_split):
+            kept.append(line + "\n")
+    write_atomically(path, "".join(kept))
+
+
+def read_summary(folder: Path) -> Record:
+    """summary.json of a run directory; empty if there is none yet."""
+    try:
+        return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes, seconds: 3:05:07, 12:30, 0:09."""
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def score_line(record: Record) -> str:
+    return (
+        f"{record['split']} at step {record['step']}: mIoU {_percent(record['miou'])} over {record['classes']} classes, "
+        f"pixel accuracy {_percent(record['pixel_acc'])}, mean accuracy {_percent(record['mean_acc'])}, "
+        f"fw IoU {_percent(record['fw_iou'])}, {record['images']} images"
+    )
+
+
+def score_table(record: Record) -> str:
+    """Per-class IoU and the means, as text."""
+    width = max(len(name) for name in [*record["iou"], "pixel accuracy"])
+    rows = [f"  {name:<{width}}  {_percent(value)}" for name, value in record["iou"].items()]
+    means = {"mIoU": "miou", "pixel accuracy": "pixel_acc", "mean accuracy": "mean_acc", "fw IoU": "fw_iou"}
+    rows += [f"  {'-' * width}  ------", *(f"  {title:<{width}}  {_percent(record[key])}" for title, key in means.items())]
+    return "\n".join(rows)
+
+
+def _percent(value: float | None) -> str:
+    return "absent" if value is None else f"{value:.4f}"

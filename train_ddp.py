@@ -1,0 +1,133 @@
+"""Train a segmentation network on any number of processes.
+
+    torchrun --nproc_per_node=8 train_ddp.py --config configs/linknet_camvid.yaml [KEY=VALUE ...]
+
+Runs under torchrun, under srun alone, and as plain `python train_ddp.py` (one process). The same command again resumes.
+Exit status: 0 finished, 2 the input is at fault, 75 preempted after saving.
+"""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from pathlib import Path
+
+import torch
+
+from fcn import checkpoint, cli, distributed, seeding, tracking
+from fcn.config import Config, load_config, save_config, to_dict
+from fcn.data.datasets import PairDataset, build_dataset
+from fcn.distributed import World
+from fcn.engine import Numerics, Run, fit
+from fcn.errors import InputError
+from fcn.models import build_model
+from fcn.models.layers import convert_sync_batchnorm
+from fcn.optim import build_optimizer
+from fcn.preempt import StopFlag
+
+
+def main(argv: list[str], world: World) -> int:
+    parser = cli.Parser(prog="train_ddp.py", description=__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as configs/quickstart.yaml")
+    parser.add_overrides()
+    args = parser.parse_args(argv)
+    config = distributed.together(lambda: load_config(args.config, args.overrides, world.size))
+    stop = StopFlag().listen()
+    splits = distributed.together(lambda: open_splits(config))
+    run = build_run(config, world, splits)
+    console = distributed.together(lambda: open_console(run))
+    start_or_resume(run, console)
+    if is_finished(run):
+        console.line(f"{config.run_dir}: this run is finished ({run.steps} steps); its scores are in {run.folder / 'summary.json'}")
+        return 0
+    trackers = open_trackers(run, console)
+    describe(run, console)
+    summary = fit(run, console, trackers, stop)
+    trackers.close(summary)
+    if summary["status"] == "preempted":
+        console.line(f"stopped by a signal at step {run.step}/{run.steps} after saving; the same command continues")
+        return 75
+    console.line(f"finished: mIoU {summary['miou']:.4f} on {summary['split']} ({summary['images']} images); pictures in {run.folder / 'pictures'}")
+    return 0
+
+
+def open_splits(config: Config) -> dict[str, PairDataset]:
+    names = [config.data.train, config.data.val, config.data.test]
+    return {name: build_dataset(config.data.name, config.data.root, name, config.loss.ignore_index) for name in names if name}
+
+
+def build_run(config: Config, world: World, splits: dict[str, PairDataset]) -> Run:
+    """Every rank builds the same weights from the seed."""
+    torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
+    torch.backends.cudnn.benchmark = config.data.crop is not None and not config.train.deterministic
+    torch.manual_seed(seeding.derive(config.seed, "weights"))
+    model = build_model(config.model.name, len(splits[config.data.train].classes), **config.model.options())
+    if config.train.sync_bn:
+        model = convert_sync_batchnorm(model, world.device)
+    model = Numerics(config.train.precision, config.train.channels_last, world.device).place(model)
+    return Run(config, world, model, build_optimizer(model, config.optim), splits, tracker_id=uuid.uuid4().hex[:8])
+
+
+def open_console(run: Run) -> tracking.Console:
+    if run.world.rank != 0:
+        return tracking.Console.silent()
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        return tracking.Console(log_file=run.folder / "log.txt")
+    except OSError as error:
+        raise InputError(f"run_dir: {run.folder}: cannot be written ({error.strerror}); choose a folder on a disk that you may write to") from None
+
+
+def start_or_resume(run: Run, console: tracking.Console) -> None:
+    """Rank 0 picks the checkpoint, every rank loads it."""
+
+    def pick() -> str | None:
+        if run.world.rank != 0:
+            return None
+        newest = checkpoint.find_newest(run.checkpoints, console.line)
+        if run.config.resume == "never" and newest:
+            raise InputError(f"{run.folder}: resume=never, but {newest} is there; choose another run_dir or delete this one")
+        if newest or run.config.resume in ("auto", "never"):
+            return str(newest) if newest else None
+        return run.config.resume
+
+    path = distributed.gather(distributed.together(pick))[0]
+    if path:
+        changes = distributed.together(lambda: run.load(checkpoint.load_checkpoint(path), Path(path)))
+        console.line(f"resuming at step {run.step}/{run.steps} from {path}")
+        for change in changes:
+            console.line(f"changed since that checkpoint: {change}")
+    if run.world.rank == 0:
+        save_config(run.config, run.folder / "config.yaml")
+
+
+def is_finished(run: Run) -> bool:
+    return run.step >= run.steps and tracking.read_summary(run.folder).get("status") == "finished"
+
+
+def open_trackers(run: Run, console: tracking.Console) -> tracking.Trackers:
+    """Only rank 0 records anything."""
+    trackers = tracking.Trackers(console.line)
+    if run.world.rank == 0:
+        metrics, wandb = run.folder / "metrics.jsonl", run.config.wandb
+        tracking.rewind_metrics(metrics, run.step, run.config.data.test)
+        trackers.add(lambda: console)
+        trackers.add(lambda: tracking.JsonLines(metrics))
+        if wandb.mode != "disabled":
+            trackers.add(lambda: tracking.WandB(wandb.mode, wandb.project, run.folder, run.tracker_id, to_dict(run.config)))
+    return trackers
+
+
+def describe(run: Run, console: tracking.Console) -> None:
+    config, world = run.config, run.world
+    parameters = sum(p.numel() for p in run.model.parameters())
+    share = config.train.batch_size // world.size
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    sizes = ", ".join(f"{name} {len(split)}" for name, split in run.splits.items())
+    console.line(f"{config.model.name}, {parameters:,} parameters, {config.train.precision}, on {world.size} x {device} ({world.launcher})")
+    console.line(f"{config.data.name} from {config.data.root}: {sizes} images, {len(run.splits[config.data.train].classes)} classes")
+    console.line(f"global batch {config.train.batch_size} = {world.size} processes x {share} images, {run.steps} steps, in {run.folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
