@@ -18,10 +18,8 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Returns:
         scalar, float32 or the logits' wider type.
     """
-    # One row a pixel: a view of channels-last logits, and on GPUs the form whose kernel is deterministic.
-    rows = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1])
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return F.cross_entropy(rows, labels.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum")
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 LOSSES = {"cross_entropy": cross_entropy}

@@ -25,7 +25,7 @@ from fcn.distributed import World
 from fcn.errors import InputError
 from fcn.seeding import derive
 
-OVERSAMPLE = 3
+OVERSAMPLE = 2
 GREEN = (0.22, 0.45)
 """Range of hues of a leaf, 0..1; a disc has any other hue."""
 
@@ -94,19 +94,19 @@ def _colour(rng: np.random.Generator, hue: float | None = None) -> tuple[int, in
 
 
 def _ground(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Smooth random colours: a few random pixels, enlarged."""
-    seeds = rng.integers(30, 200, (4, 5, 3)).astype(np.uint8)
-    return Image.fromarray(seeds).resize((width * OVERSAMPLE, height * OVERSAMPLE), Image.Resampling.BICUBIC)
+    """Smooth, dull colours: a few random pixels, enlarged."""
+    seeds = rng.integers(40, 180, (4, 5, 1)) + rng.integers(-30, 31, (4, 5, 3))
+    return Image.fromarray(seeds.astype(np.uint8)).resize((width * OVERSAMPLE, height * OVERSAMPLE), Image.Resampling.BICUBIC)
 
 
 def _clutter(rng: np.random.Generator, image: Image.Image) -> None:
     draw = ImageDraw.Draw(image)
     for _ in range(rng.integers(4, 10)):
         ends = [tuple(int(v) for v in rng.random(2) * image.size) for _ in range(2)]
-        draw.line(ends, fill=_colour(rng), width=int(rng.integers(2, 7)))
+        draw.line(ends, fill=_colour(rng), width=int(rng.integers(1, 3)) * OVERSAMPLE)
     for _ in range(rng.integers(5, 20)):
         x, y = rng.random(2) * image.size
-        r = rng.uniform(3, 9)
+        r = rng.uniform(1, 3) * OVERSAMPLE
         draw.ellipse((x - r, y - r, x + r, y + r), fill=_colour(rng))
 
 
@@ -117,8 +117,8 @@ def _paint(rng: np.random.Generator, name: str, size: tuple[int, int]) -> Image.
     paint = Image.new("RGB", size, _colour(rng, hue))
     if rng.random() < 0.4:
         draw, stripe = ImageDraw.Draw(paint), _colour(rng, hue + rng.uniform(-0.02, 0.02))
-        for x in range(0, size[0], 24):
-            draw.line((x, 0, x, size[1]), fill=stripe, width=8)
+        for x in range(0, size[0], 8 * OVERSAMPLE):
+            draw.line((x, 0, x, size[1]), fill=stripe, width=3 * OVERSAMPLE)
     return paint
 
 

@@ -48,7 +48,7 @@ class _SyncBatchNorm(torch.autograd.Function):
             sums[:channels] = mean * local
             sums[channels:-1] = (variance + mean.square()) * local
             sums[-1] = local
-        distributed.all_reduce_sum(sums)
+        sums = distributed.sum_in_rank_order(sums)
         count = sums[-1]
         mean = sums[:channels] / count
         variance = (sums[channels:-1] / count - mean.square()).clamp_min(0)
@@ -71,8 +71,7 @@ class _SyncBatchNorm(torch.autograd.Function):
             )
         else:
             grad_input, grad_weight, grad_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight)
-        sums = torch.cat([grad_weight.double(), grad_bias.double()])
-        distributed.all_reduce_sum(sums)
+        sums = distributed.sum_in_rank_order(torch.cat([grad_weight.double(), grad_bias.double()]))
         total_weight, total_bias = (sums / count).chunk(2)
         # dx = w/σ · (g − Σg/n − x̂·Σgx̂/n) = fixed-statistics gradient + slope·x + offset, with x̂ = (x − mean)/σ
         slope = -(weight * invstd * invstd * total_weight).to(x.dtype)
