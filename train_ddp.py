@@ -38,7 +38,9 @@ def main(argv: list[str], world: World) -> int:
     console = distributed.together(lambda: open_console(run))
     start_or_resume(run, console)
     if is_finished(run):
-        console.line(f"{config.run_dir}: this run is finished ({run.steps} steps); its scores are in {run.folder / 'summary.json'}")
+        console.line(
+            f"{run.folder}: this run is finished ({run.steps} steps); its scores are in {run.folder / 'summary.json'}"
+        )
         return 0
     trackers = open_trackers(run, console)
     describe(run, console)
@@ -47,13 +49,18 @@ def main(argv: list[str], world: World) -> int:
     if summary["status"] == "preempted":
         console.line(f"stopped by a signal at step {run.step}/{run.steps} after saving; the same command continues")
         return 75
-    console.line(f"finished: mIoU {summary['miou']:.4f} on {summary['split']} ({summary['images']} images); pictures in {run.folder / 'pictures'}")
+    score = f"mIoU {summary['miou']:.4f} on {summary['split']} ({summary['images']} images)"
+    console.line(f"finished: {score}; pictures in {run.folder / 'pictures'}")
     return 0
 
 
 def open_splits(config: Config) -> dict[str, PairDataset]:
     names = [config.data.train, config.data.val, config.data.test]
-    return {name: build_dataset(config.data.name, config.data.root, name, config.loss.ignore_index) for name in names if name}
+    return {
+        name: build_dataset(config.data.name, config.data.root, name, config.loss.ignore_index)
+        for name in names
+        if name
+    }
 
 
 def build_run(config: Config, world: World, splits: dict[str, PairDataset]) -> Run:
@@ -75,7 +82,9 @@ def open_console(run: Run) -> tracking.Console:
         run.folder.mkdir(parents=True, exist_ok=True)
         return tracking.Console(log_file=run.folder / "log.txt")
     except OSError as error:
-        raise InputError(f"run_dir: {run.folder}: cannot be written ({error.strerror}); choose a folder on a disk that you may write to") from None
+        raise InputError(
+            f"run_dir: {run.folder}: cannot be written ({error.strerror}); choose a folder that you may write to"
+        ) from None
 
 
 def start_or_resume(run: Run, console: tracking.Console) -> None:
@@ -86,7 +95,9 @@ def start_or_resume(run: Run, console: tracking.Console) -> None:
             return None
         newest = checkpoint.find_newest(run.checkpoints, console.line)
         if run.config.resume == "never" and newest:
-            raise InputError(f"{run.folder}: resume=never, but {newest} is there; choose another run_dir or delete this one")
+            raise InputError(
+                f"{run.folder}: resume=never, but {newest} is there; choose another run_dir or delete this one"
+            )
         if newest or run.config.resume in ("auto", "never"):
             return str(newest) if newest else None
         return run.config.resume
@@ -114,7 +125,9 @@ def open_trackers(run: Run, console: tracking.Console) -> tracking.Trackers:
         trackers.add(lambda: console)
         trackers.add(lambda: tracking.JsonLines(metrics))
         if wandb.mode != "disabled":
-            trackers.add(lambda: tracking.WandB(wandb.mode, wandb.project, run.folder, run.tracker_id, to_dict(run.config)))
+            trackers.add(
+                lambda: tracking.WandB(wandb.mode, wandb.project, run.folder, run.tracker_id, to_dict(run.config))
+            )
     return trackers
 
 
@@ -123,10 +136,13 @@ def describe(run: Run, console: tracking.Console) -> None:
     parameters = sum(p.numel() for p in run.model.parameters())
     share = config.train.batch_size // world.size
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    on = f"{world.size} x {device} ({world.launcher})"
     sizes = ", ".join(f"{name} {len(split)}" for name, split in run.splits.items())
-    console.line(f"{config.model.name}, {parameters:,} parameters, {config.train.precision}, on {world.size} x {device} ({world.launcher})")
-    console.line(f"{config.data.name} from {config.data.root}: {sizes} images, {len(run.splits[config.data.train].classes)} classes")
-    console.line(f"global batch {config.train.batch_size} = {world.size} processes x {share} images, {run.steps} steps, in {run.folder}")
+    classes = len(run.splits[config.data.train].classes)
+    batch = f"global batch {config.train.batch_size} = {world.size} processes x {share} images"
+    console.line(f"{config.model.name}, {parameters:,} parameters, {config.train.precision}, on {on}")
+    console.line(f"{config.data.name} from {config.data.root}: {sizes} images, {classes} classes")
+    console.line(f"{batch}, {run.steps} steps, in {run.folder}")
 
 
 if __name__ == "__main__":

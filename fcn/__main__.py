@@ -26,7 +26,12 @@ def main(argv: list[str], world: World) -> int:
     parser = cli.Parser(prog="python -m fcn", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)
     command = commands.add_parser("evaluate", description=EVALUATE, help="score a checkpoint on a split")
-    command.add_argument("--checkpoint", required=True, metavar="FILE|RUN_DIR", help="a .pt file, or a run directory for its newest checkpoint")
+    command.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="FILE|RUN_DIR",
+        help="a .pt file, or a run directory for its newest checkpoint",
+    )
     command.add_argument("--split", help="split of the data set; default: the config's data.val")
     command.add_argument("--output", metavar="FILE", help="write scores and confusion matrix as JSON")
     command.add_overrides()
@@ -39,9 +44,13 @@ def evaluate_command(path: str, split: str | None, output: str | None, overrides
     # Nothing is trained, so any number of processes fits the batch size of the training run.
     config = distributed.together(lambda: config_from_dict(state["config"], path, overrides))
     split = split or config.data.val
-    dataset = distributed.together(lambda: build_dataset(config.data.name, config.data.root, split, config.loss.ignore_index))
+    dataset = distributed.together(
+        lambda: build_dataset(config.data.name, config.data.root, split, config.loss.ignore_index)
+    )
     if list(dataset.classes.names) != state["classes"]:
-        raise InputError(f"{path}: was trained on the classes {', '.join(state['classes'])}; data.name={config.data.name} has others")
+        raise InputError(
+            f"{path}: was trained on the classes {', '.join(state['classes'])}; data.name={config.data.name} has others"
+        )
     numerics = Numerics(config.train.precision, config.train.channels_last, world.device)
     model = numerics.place(build_model(config.model.name, len(dataset.classes), **config.model.options()))
     model.load_state_dict(state["model"])

@@ -23,9 +23,9 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, texts, lists, dicts) so that a crash at any point leaves the old file or the new one.
+    """Write `state` (tensors, numbers, texts, lists, dicts) so that a crash leaves the old file or the new one.
 
-    The checksum is in place before the file gets its name, so a named file without a matching checksum is a broken one.
+    The checksum is in place before the file gets its name: a named file without a matching checksum is a broken one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -47,7 +47,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read and verify a checkpoint file, or the newest one of a run directory that verifies.
 
     Returns:
-        The state on the CPU: "model" is the unwrapped state_dict, "step" the number of finished steps, "config" plain data.
+        The state on the CPU: "model" is the unwrapped state_dict, "step" the number of finished steps.
 
     Raises:
         InputError: no such file, it does not match its checksum, or it holds more than plain data.
@@ -56,7 +56,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         newest = find_newest(path / "checkpoints")
         if newest is None:
-            raise InputError(f"{path}: found no checkpoint that verifies in {path / 'checkpoints'}; give a run directory or a .pt file")
+            raise InputError(
+                f"{path}: found no checkpoint that verifies in its checkpoints/; give a run directory or a .pt file"
+            )
         path = newest
     problem = verify(path)
     if problem:
@@ -64,7 +66,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise InputError(f"{path}: refused, because loading it could run code; accepted: checkpoints of plain data, as fcn writes them") from None
+        raise InputError(
+            f"{path}: refused, because loading it could run code; accepted: plain data, as fcn writes it"
+        ) from None
     except (RuntimeError, EOFError, OSError) as error:
         raise InputError(f"{path}: cannot be read ({str(error).splitlines()[0]}); use another checkpoint") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -78,9 +82,15 @@ def verify(path: Path) -> str | None:
     try:
         expected = digest.read_text().split()
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+            found = (
+                hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+            )
     except FileNotFoundError as error:
-        return "no such file" if error.filename == str(path) else f"{digest.name} is missing, so the file cannot be verified"
+        return (
+            "no such file"
+            if error.filename == str(path)
+            else f"{digest.name} is missing, so the file cannot be verified"
+        )
     except (OSError, UnicodeDecodeError) as error:
         return f"cannot be read ({error})"
     return None if expected[:1] == [found] else f"its SHA-256 is not the one in {digest.name}: truncated or altered"

@@ -21,7 +21,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)  # type: ignore[arg-type]
 
     def add_overrides(self) -> None:
-        self.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a config key, such as optim.lr=0.01 or data.crop=[256,256]")
+        self.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="KEY=VALUE",
+            help="override a config key, such as optim.lr=0.01 or data.crop=[256,256]",
+        )
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{self.prog}: {message}; see {self.prog} --help")

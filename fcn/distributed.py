@@ -83,7 +83,7 @@ def start(timeout_s: float = 1800) -> World:
         if local_rank >= gpus and not gloo_only:
             if local_rank == gpus:
                 raise InputError(
-                    f"found {gpus} GPUs for more processes than that on this machine; start {gpus} (torchrun --nproc_per_node={gpus})"
+                    f"found more processes here than the {gpus} GPUs; start torchrun with --nproc_per_node={gpus}"
                 )
             wait_for_the_message()
         device = torch.device("cuda", local_rank % gpus)
@@ -178,7 +178,7 @@ def together(action: Callable[[], T]) -> T:
 
 
 def raise_together(fault: str | None) -> None:
-    """Raise InputError on every rank if any rank has a fault, each different fault once, naming the ranks if not all."""
+    """Raise InputError on every rank if any rank has a fault: each different one once, with its ranks if not all."""
     faults = gather(fault)
     ranks: dict[str, list[int]] = {}
     for rank, message in enumerate(faults):
@@ -187,7 +187,8 @@ def raise_together(fault: str | None) -> None:
     if ranks:
         raise InputError(
             "\n".join(
-                message if len(where) == len(faults) else f"{message} [rank {', '.join(map(str, where))}]" for message, where in ranks.items()
+                message if len(where) == len(faults) else f"{message} [rank {', '.join(map(str, where))}]"
+                for message, where in ranks.items()
             )
         )
 
@@ -198,9 +199,13 @@ def data_parallel(model: nn.Module, world: World, sync_bn: bool) -> nn.Module:
         return model
     # Synchronised statistics are equal on all ranks already; per-rank ones would drift apart without the broadcast.
     known = inspect.signature(DistributedDataParallel).parameters
-    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in PyTorch 2.14
+    sync_buffers = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # renamed in PyTorch 2.14
     devices = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{sync_buffers: not sync_bn})
+    return DistributedDataParallel(
+        model, device_ids=devices, gradient_as_bucket_view=True, **{sync_buffers: not sync_bn}
+    )
 
 
 def local_gradients(model: nn.Module) -> contextlib.AbstractContextManager:

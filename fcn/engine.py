@@ -52,7 +52,7 @@ class Numerics:
         return nullcontext()
 
     def scaler(self) -> torch.amp.GradScaler:
-        """fp16 gradients underflow without scaling; the other precisions need none, and the scaler then does nothing."""
+        """fp16 gradients underflow without scaling. Under the other precisions the scaler does nothing."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def place(self, model: nn.Module) -> nn.Module:
@@ -74,11 +74,11 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward, backward and update on this rank's share; nothing here waits for the device.
 
-    The gradient is that of the loss sum over all valid pixels of the global batch, divided by their count: each rank divides its
-    sum by the global count, and multiplies by the world size because DistributedDataParallel averages.
+    The gradient is that of the loss sum over all valid pixels of the global batch, divided by their count: each rank
+    divides its sum by the global count, and multiplies by the world size because DistributedDataParallel averages.
 
     Returns:
-        (this rank's loss sum divided by the global count, norm of the global gradient before clipping), scalars on the device.
+        (this rank's loss sum divided by the global count, norm of the global gradient before clipping), on the device.
     """
     batch = step.batch
     parts = max(1, math.ceil(len(batch.images) / (micro_batch or len(batch.images))))
@@ -87,7 +87,9 @@ def train_step(
     for part, (images, labels, sizes) in enumerate(zip(*(t.chunk(parts) for t in batch[:3]), strict=True), start=1):
         with distributed.local_gradients(model) if part < parts else nullcontext():
             with numerics.autocast():
-                logits = model(to_input(images, sizes if step.padded else None, numerics.input_dtype, numerics.channels_last))
+                logits = model(
+                    to_input(images, sizes if step.padded else None, numerics.input_dtype, numerics.channels_last)
+                )
                 part_loss = loss_fn(logits, labels.long()) / max(1, step.valid_count)
             scaler.scale(part_loss * world_size).backward()
         loss += part_loss.detach()
@@ -99,7 +101,7 @@ def train_step(
 
 
 def predict(model: nn.Module, images: torch.Tensor, size: tuple[int, int], numerics: Numerics) -> torch.Tensor:
-    """Classes (N, *size) int64 for images (N, H, W, 3) uint8 on the device; logits are resized to `size` before the argmax."""
+    """images (N, H, W, 3) uint8 on the device → classes (N, *size) int64; logits are resized before the argmax."""
     with numerics.autocast():
         logits = model(to_input(images, None, numerics.input_dtype, numerics.channels_last))
     if logits.shape[-2:] != size:
@@ -109,7 +111,9 @@ def predict(model: nn.Module, images: torch.Tensor, size: tuple[int, int], numer
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, dataset: PairDataset, config: Config, world: World, numerics: Numerics) -> tuple[ConfusionMatrix, int]:
+def evaluate(
+    model: nn.Module, dataset: PairDataset, config: Config, world: World, numerics: Numerics
+) -> tuple[ConfusionMatrix, int]:
     """Score every image of a split exactly once, whole, at the native size of its labels.
 
     Returns:
@@ -139,7 +143,9 @@ def evaluate(model: nn.Module, dataset: PairDataset, config: Config, world: Worl
     matrix.all_reduce()
     distributed.all_reduce_sum(seen)
     if not bool((seen == 1).all()):
-        raise RuntimeError(f"evaluation must count each image once, but counted image {int((seen != 1).nonzero()[0])} {seen.max()} times")
+        raise RuntimeError(
+            f"evaluation must count each image once; counts of some are {sorted(set(seen[seen != 1].tolist()))}"
+        )
     return matrix, int(seen.sum())
 
 
@@ -219,7 +225,13 @@ class Run:
         """Evaluate a split, and draw panels of its first images."""
         dataset = self.splits[split]
         matrix, images = evaluate(model, dataset, self.config, self.world, self.numerics)
-        record = {"event": "eval", "step": self.step, "split": split, **matrix.scores(dataset.classes.names), "images": images}
+        record = {
+            "event": "eval",
+            "step": self.step,
+            "split": split,
+            **matrix.scores(dataset.classes.names),
+            "images": images,
+        }
         if self.world.rank == 0 and self.config.eval.pictures:
             self._draw_panels(model, dataset, self.folder / "pictures" / f"{split}_{self.step:08d}.png")
         return record
@@ -256,11 +268,15 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
             return _summary(run, "preempted")
         lr = learning_rate(run.step, run.steps, config.optim)
         set_learning_rate(run.optimizer, lr)
-        loss, grad_norm = train_step(parallel, data, LOSSES[config.loss.name], run.optimizer, run.scaler, run.numerics, **step_args)
+        loss, grad_norm = train_step(
+            parallel, data, LOSSES[config.loss.name], run.optimizer, run.scaler, run.numerics, **step_args
+        )
         run.step += 1
         pace.step(data.waited_s)
         last = run.step == run.steps
-        log_due, eval_due, save_due = (last or run.step % every == 0 for every in (train.log_every, config.eval.every, config.checkpoint.every))
+        log_due, eval_due, save_due = (
+            last or run.step % every == 0 for every in (train.log_every, config.eval.every, config.checkpoint.every)
+        )
         if log_due or save_due:
             value = float(distributed.all_reduce_sum(loss))
             if not math.isfinite(value):
@@ -317,7 +333,15 @@ def _finish(run: Run, model: nn.Module, console: Console, trackers: Trackers) ->
 def _summary(run: Run, status: str, final: Record | None = None) -> Record:
     """summary.json: where the run stands. The scores are those of the weights of the last step."""
     scores = {key: value for key, value in (final or {}).items() if key not in ("event", "step")}
-    summary = {"status": status, "step": run.step, "steps": run.steps, "miou": None, "images": None, **scores, "best": run.best}
+    summary = {
+        "status": status,
+        "step": run.step,
+        "steps": run.steps,
+        "miou": None,
+        "images": None,
+        **scores,
+        "best": run.best,
+    }
     if run.world.rank == 0:
         write_atomically(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
@@ -326,7 +350,9 @@ def _summary(run: Run, status: str, final: Record | None = None) -> Record:
 def _diverged(run: Run, value: float) -> str:
     good = checkpoint.list_checkpoints(run.checkpoints)
     where = f"the last checkpoint before is {good[-1]}" if good else "there is no checkpoint yet"
-    return f"step {run.step}: the loss is {value}; lower optim.lr, lengthen optim.warmup or set train.grad_clip; {where}"
+    return (
+        f"step {run.step}: the loss is {value}; lower optim.lr, lengthen optim.warmup or set train.grad_clip; {where}"
+    )
 
 
 class Pace:

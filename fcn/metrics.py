@@ -28,7 +28,9 @@ class ConfusionMatrix:
             ValueError: the shapes differ.
         """
         if labels.shape != predictions.shape:
-            raise ValueError(f"labels {tuple(labels.shape)} and predictions {tuple(predictions.shape)} must have one shape")
+            raise ValueError(
+                f"labels {tuple(labels.shape)} and predictions {tuple(predictions.shape)} must have one shape"
+            )
         c = self.num_classes
         labels, predictions = (t.detach().to(self._bins.device, torch.int64).reshape(-1) for t in (labels, predictions))
         no_class = (labels < 0) | (labels >= c) | (predictions < 0) | (predictions >= c)

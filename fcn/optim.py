@@ -26,9 +26,9 @@ def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
 def learning_rate(step: int, steps: int, config: Optim) -> float:
     """Learning rate of step `step` (0 to steps - 1) of a run of `steps`.
 
-    Rises linearly over the first `warmup` steps; what follows is a function of the fraction of the rest that is done,
-    f in [0, 1): poly lr·(1-f)^power (Liu et al. 2015, "ParseNet"), cosine lr·(1+cos πf)/2 (Loshchilov, Hutter 2017), step lr·gamma^(number of
-    milestones passed, as fractions of the whole run), constant.
+    Rises linearly over the first `warmup` steps. With f in [0, 1) the fraction of the remaining steps that is done:
+    poly is lr·(1-f)^power (Liu et al. 2015, "ParseNet"), cosine lr·(1+cos πf)/2 (Loshchilov, Hutter 2017), step
+    lr·gamma^k after k of the `milestones`, which are fractions of the whole run, and constant lr.
     """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup

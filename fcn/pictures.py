@@ -61,7 +61,9 @@ def panels(rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, str]], class
     return sheet
 
 
-def _legend(entries: Sequence[tuple[str, tuple[int, int, int]]], width: int, font: ImageFont.FreeTypeFont) -> Image.Image:
+def _legend(
+    entries: Sequence[tuple[str, tuple[int, int, int]]], width: int, font: ImageFont.FreeTypeFont
+) -> Image.Image:
     line, box = 24, 14
     places, x, y = [], GAP, 0
     for name, _ in entries:
@@ -95,7 +97,11 @@ def curves(metrics: Path, output: Path) -> None:
         axis.set_title(title)
     axes[0].set_yscale("log")
     for split in sorted({record["split"] for record in evals}):
-        points = [(record["step"], record["miou"]) for record in evals if record["split"] == split and record["miou"] is not None]
+        points = [
+            (record["step"], record["miou"])
+            for record in evals
+            if record["split"] == split and record["miou"] is not None
+        ]
         axes[3].plot(*zip(*points, strict=True) if points else ([], []), marker="o", label=split)
     axes[3].set_title("mIoU")
     axes[3].set_ylim(0, 1)

@@ -1,7 +1,7 @@
 """What is recorded and shown: console, log file, metrics.jsonl, Weights & Biases. Rank 0 only, and no collective.
 
-A record is a plain dict with "event" ("train" or "eval") and "step" (finished steps). A tracker that fails is named once
-and dropped: it never stops training.
+A record is a plain dict with "event" ("train" or "eval") and "step" (finished steps). A tracker that fails is named
+once and dropped: it never stops training.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Console:
     @classmethod
     def silent(cls) -> Console:
         """For the ranks that do not speak."""
-        return cls(stream=open(os.devnull, "w"))  # noqa: SIM115
+        return cls(stream=open(os.devnull, "w"))
 
     def line(self, text: str) -> None:
         for one in text.splitlines():
@@ -60,10 +60,16 @@ class Console:
 
     def log(self, record: Record) -> None:
         if record["event"] == "train":
-            self.progress(
-                f"step {record['step']}/{record['steps']}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-                f"{record['images_per_s']:.1f} images/s  data wait {record['data_wait']:.0%}  ETA {duration(record['eta_s'])}"
+            parts = (
+                f"step {record['step']}/{record['steps']}",
+                f"epoch {record['epoch']:.2f}",
+                f"loss {record['loss']:.4f}",
+                f"lr {record['lr']:.2e}",
+                f"{record['images_per_s']:.1f} images/s",
+                f"data wait {record['data_wait']:.0%}",
+                f"ETA {duration(record['eta_s'])}",
             )
+            self.progress("  ".join(parts))
         else:
             self.line(score_line(record))
 
@@ -191,21 +197,27 @@ def duration(seconds: float) -> str:
 
 
 def score_line(record: Record) -> str:
-    return (
-        f"{record['split']} at step {record['step']}: mIoU {_percent(record['miou'])} over {record['classes']} classes, "
-        f"pixel accuracy {_percent(record['pixel_acc'])}, mean accuracy {_percent(record['mean_acc'])}, "
-        f"fw IoU {_percent(record['fw_iou'])}, {record['images']} images"
+    parts = (
+        f"{record['split']} at step {record['step']}: mIoU {_score(record['miou'])} over {record['classes']} classes",
+        f"pixel accuracy {_score(record['pixel_acc'])}",
+        f"mean accuracy {_score(record['mean_acc'])}",
+        f"fw IoU {_score(record['fw_iou'])}",
+        f"{record['images']} images",
     )
+    return ", ".join(parts)
 
 
 def score_table(record: Record) -> str:
     """Per-class IoU and the means, as text."""
     width = max(len(name) for name in [*record["iou"], "pixel accuracy"])
-    rows = [f"  {name:<{width}}  {_percent(value)}" for name, value in record["iou"].items()]
+    rows = [f"  {name:<{width}}  {_score(value)}" for name, value in record["iou"].items()]
     means = {"mIoU": "miou", "pixel accuracy": "pixel_acc", "mean accuracy": "mean_acc", "fw IoU": "fw_iou"}
-    rows += [f"  {'-' * width}  ------", *(f"  {title:<{width}}  {_percent(record[key])}" for title, key in means.items())]
+    rows += [
+        f"  {'-' * width}  ------",
+        *(f"  {title:<{width}}  {_score(record[key])}" for title, key in means.items()),
+    ]
     return "\n".join(rows)
 
 
-def _percent(value: float | None) -> str:
+def _score(value: float | None) -> str:
     return "absent" if value is None else f"{value:.4f}"

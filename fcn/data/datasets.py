@@ -53,20 +53,26 @@ class PairDataset:
         image = _decode(image_path, "RGB")
         mask = _decode(mask_path, None)
         if mask.mode not in ("P", "L"):
-            raise InputError(f"{mask_path}: found a mask in mode {mask.mode}; accepted: class indices in a palette or grey 8-bit image")
+            raise InputError(
+                f"{mask_path}: found a mask in mode {mask.mode}; accepted: class indices in 8 bits, palette or grey"
+            )
         if image.size != mask.size:
             raise InputError(
-                f"{mask_path}: the mask is {mask.width}x{mask.height} and its image {image_path.name} {image.width}x{image.height}; "
-                "accepted: equal sizes; export the mask again at the image's size"
+                f"{mask_path}: found a mask of {mask.width}x{mask.height} pixels for the image {image_path.name} of "
+                f"{image.width}x{image.height}; accepted: equal sizes; export the mask again at the image's size"
             )
         labels = np.asarray(mask)
         for value in self.ignored:
             labels = np.where(labels == value, np.uint8(IGNORE_INDEX), labels)
-        wrong = [v for v in np.flatnonzero(np.bincount(labels.ravel(), minlength=256)) if len(self.classes) <= v != IGNORE_INDEX]
+        wrong = [
+            v
+            for v in np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
+            if len(self.classes) <= v != IGNORE_INDEX
+        ]
         if wrong:
             raise InputError(
                 f"{mask_path}: found label {', '.join(map(str, wrong))}; accepted: 0 to {len(self.classes) - 1} "
-                f"({len(self.classes)} classes) and {IGNORE_INDEX} for ignore; correct the mask or choose the data set it belongs to"
+                f"({len(self.classes)} classes) and {IGNORE_INDEX} for ignore; correct the mask or data.name"
             )
         return image, Image.fromarray(labels)
 
@@ -79,7 +85,11 @@ def build_dataset(name: str, root: str, split: str, ignore_index: int = IGNORE_I
     """
     folder = Path(root)
     if not folder.is_dir():
-        hint = f"; write it with: python -m fcn.data.shapes {root}" if name == "shapes" else "; set data.root to the data set's folder"
+        hint = (
+            f"; write it with: python -m fcn.data.shapes {root}"
+            if name == "shapes"
+            else "; set data.root to the data set's folder"
+        )
         raise InputError(f"data.root: {root}: no such folder{hint}")
     dataset = DATASETS[name](folder, split)
     dataset.ignored = {*dataset.ignored, ignore_index}
@@ -101,8 +111,8 @@ def shapes(root: Path, split: str) -> PairDataset:
 def camvid(root: Path, split: str) -> PairDataset:
     """CamVid in the layout of the SegNet tutorial: SPLIT.txt, SPLIT/ID.png and SPLITannot/ID.png; 11 is unlabelled.
 
-    A line of the list is an ID, a file name, or two paths, of the image and of the mask; only the names count, because the
-    public lists hold absolute paths of their authors' machine. Images may be PNG or JPEG.
+    A line of the list is an ID, a file name, or two paths, of the image and of the mask. Only the names count, because
+    the public lists hold absolute paths of their authors' machine. Images may be PNG or JPEG.
     """
     entries = _read_list(root, split)
     images, masks = _files_by_stem(root / split), _files_by_stem(root / f"{split}annot")
@@ -124,10 +134,16 @@ def _read_list(folder: Path, split: str) -> list[list[str]]:
         entries = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except FileNotFoundError:
         found = sorted(file.stem for file in folder.glob("*.txt")) if folder.is_dir() else []
-        known = f"found the splits {', '.join(found)}" if found else "found no split lists there; is data.root the right folder?"
+        known = (
+            f"found the splits {', '.join(found)}"
+            if found
+            else "found no split lists there; is data.root the right folder?"
+        )
         raise InputError(f"{path}: no such list, so there is no split '{split}'; {known}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); a split's list is a text file with one ID a line") from None
+        raise InputError(
+            f"{path}: cannot be read ({error}); a split's list is a text file with one ID a line"
+        ) from None
     if not entries:
         raise InputError(f"{path}: the list is empty; accepted: one ID a line")
     return entries
@@ -140,12 +156,18 @@ def _files_by_stem(folder: Path) -> Mapping[str, Path]:
 
 
 def _checked(pairs: list[tuple[Path, Path]], classes: Classes, ignored: Iterable[int] = ()) -> PairDataset:
-    """One listing a folder tells which files exist, in milliseconds where a stat per file on a file server takes minutes."""
-    present = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for pair in pairs for folder in {p.parent for p in pair}}
+    """Missing files are found from one listing a folder: a stat per file takes minutes on a slow file server."""
+    present = {
+        folder: set(os.listdir(folder)) if folder.is_dir() else set()
+        for pair in pairs
+        for folder in {p.parent for p in pair}
+    }
     missing = [path for pair in pairs for path in pair if path.name not in present[path.parent]]
     if missing:
         more = f" (and {len(missing) - 1} more files of this split)" if len(missing) > 1 else ""
-        raise InputError(f"{missing[0]}: no such file{more}, but the split's list names it; add the file or remove the entry")
+        raise InputError(
+            f"{missing[0]}: no such file{more}, but the split's list names it; add the file or remove the entry"
+        )
     return PairDataset(pairs, classes, ignored)
 
 
@@ -154,7 +176,9 @@ def _open(path: Path) -> Image.Image:
         return Image.open(path)
     except (UnidentifiedImageError, OSError) as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error.strerror or error
-        raise InputError(f"{path}: cannot be read ({reason}); accepted: a JPEG or PNG file; copy it again or remove it from the split") from None
+        raise InputError(
+            f"{path}: cannot be read ({reason}); accepted: JPEG or PNG; copy it again or remove it from the split"
+        ) from None
 
 
 def _decode(path: Path, mode: str | None) -> Image.Image:

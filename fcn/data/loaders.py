@@ -36,7 +36,10 @@ class Batch(NamedTuple):
 
 
 def pad_collate(
-    images: Sequence[np.ndarray], labels: Sequence[np.ndarray], indices: Sequence[int], size: tuple[int, int] | None = None
+    images: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray],
+    indices: Sequence[int],
+    size: tuple[int, int] | None = None,
 ) -> Batch:
     """Stack samples of mixed sizes: images padded at the bottom and right, labels there 255.
 
@@ -105,7 +108,9 @@ def train_loader(shares: TrainShares, sampler: GlobalBatchSampler, workers: int,
     return _loader(shares, sampler, workers, device)
 
 
-def eval_loader(dataset: PairDataset, sampler: EvalSampler, scale: float, workers: int, device: torch.device) -> DataLoader:
+def eval_loader(
+    dataset: PairDataset, sampler: EvalSampler, scale: float, workers: int, device: torch.device
+) -> DataLoader:
     return _loader(EvalBatches(dataset, scale), sampler, workers, device)
 
 
@@ -137,7 +142,9 @@ class Step(NamedTuple):
     """Seconds this rank waited for its loader."""
 
 
-def device_steps(loader: DataLoader, device: torch.device, stop_asked: Callable[[], bool] = lambda: False) -> Iterator[Step]:
+def device_steps(
+    loader: DataLoader, device: torch.device, stop_asked: Callable[[], bool] = lambda: False
+) -> Iterator[Step]:
     """Move batches to the device one step ahead of their use, while the ranks agree on what is in them.
 
     The agreement is one small sum on the CPU, started a step early: the count of valid pixels, whether any rank found a

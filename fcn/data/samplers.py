@@ -42,7 +42,9 @@ class GlobalBatchSampler(DistributedSampler):
         start_step: first step to draw.
     """
 
-    def __init__(self, dataset: Sized, *, batch_size: int, steps: int, start_step: int, seed: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, dataset: Sized, *, batch_size: int, steps: int, start_step: int, seed: int, rank: int, world_size: int
+    ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
         if batch_size % world_size:
             raise ValueError(f"a global batch of {batch_size} cannot be shared equally by {world_size} ranks")
@@ -52,7 +54,10 @@ class GlobalBatchSampler(DistributedSampler):
     def global_batch(self, step: int) -> list[Draw]:
         """The samples of one step, in order."""
         size = len(self.dataset)  # type: ignore[arg-type]
-        return [self._draw(position // size, position % size) for position in range(step * self.batch_size, (step + 1) * self.batch_size)]
+        return [
+            self._draw(position // size, position % size)
+            for position in range(step * self.batch_size, (step + 1) * self.batch_size)
+        ]
 
     def _draw(self, epoch: int, place: int) -> Draw:
         if self._order[0] != epoch:

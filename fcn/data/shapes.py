@@ -2,9 +2,8 @@
 
     python -m fcn.data.shapes data/shapes
 
-Shapes of every colour lie on cluttered ground. Form tells most classes apart, and colour does not: a square can have any
-colour, a ring's hole is background, and thin lines and specks of every colour are background too. A leaf is a green disc,
-so form alone does not tell those two apart either.
+Each hue belongs to two forms, and lines and specks of every hue are background: colour narrows a pixel's class down,
+and the surroundings decide. A ring's hole is background, too.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ from fcn.errors import InputError
 from fcn.seeding import derive
 
 OVERSAMPLE = 2
-GREEN = (0.22, 0.45)
-"""Range of hues of a leaf, 0..1; a disc has any other hue."""
+HUES = {"disc": 0.0, "ring": 0.0, "triangle": 0.33, "leaf": 0.33, "square": 0.63, "cross": 0.63}
+"""Middle of each form's range of hues, 0..1, as in HSV."""
+HUE_SPREAD = 0.09
 
 
 def write_shapes(root: Path, train: int = 400, val: int = 100, seed: int = 0) -> bool:
@@ -71,7 +71,7 @@ def write_shapes(root: Path, train: int = 400, val: int = 100, seed: int = 0) ->
 
 def draw_sample(rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
     """One image (RGB) and its labels (H, W) uint8, with a border of 255 around each object."""
-    width, height = (int(side) for side in rng.integers(112, 177, 2))
+    width, height = (int(side) for side in rng.integers(96, 161, 2))
     image = _ground(rng, width, height)
     labels = np.zeros((height, width), np.uint8)
     _clutter(rng, image)
@@ -80,7 +80,9 @@ def draw_sample(rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
         form = _form(rng, SHAPES_NAMES[label], width, height)
         image.paste(_paint(rng, SHAPES_NAMES[label], image.size), mask=form)
         inside = form.reduce(OVERSAMPLE)
-        near, within = (np.asarray(inside.filter(f)) > 127 for f in (ImageFilter.MaxFilter(3), ImageFilter.MinFilter(3)))
+        near, within = (
+            np.asarray(inside.filter(f)) > 127 for f in (ImageFilter.MaxFilter(3), ImageFilter.MinFilter(3))
+        )
         labels[near] = IGNORE_INDEX
         labels[within] = label
     small = np.asarray(image.reduce(OVERSAMPLE), np.float32)
@@ -96,7 +98,9 @@ def _colour(rng: np.random.Generator, hue: float | None = None) -> tuple[int, in
 def _ground(rng: np.random.Generator, width: int, height: int) -> Image.Image:
     """Smooth, dull colours: a few random pixels, enlarged."""
     seeds = rng.integers(40, 180, (4, 5, 1)) + rng.integers(-30, 31, (4, 5, 3))
-    return Image.fromarray(seeds.astype(np.uint8)).resize((width * OVERSAMPLE, height * OVERSAMPLE), Image.Resampling.BICUBIC)
+    return Image.fromarray(seeds.astype(np.uint8)).resize(
+        (width * OVERSAMPLE, height * OVERSAMPLE), Image.Resampling.BICUBIC
+    )
 
 
 def _clutter(rng: np.random.Generator, image: Image.Image) -> None:
@@ -112,8 +116,7 @@ def _clutter(rng: np.random.Generator, image: Image.Image) -> None:
 
 def _paint(rng: np.random.Generator, name: str, size: tuple[int, int]) -> Image.Image:
     """A plain or striped fill."""
-    outside = rng.uniform(GREEN[1] + 0.06, GREEN[0] + 0.94)
-    hue = {"leaf": rng.uniform(*GREEN), "disc": outside}.get(name, rng.random())
+    hue = HUES[name] + rng.uniform(-HUE_SPREAD, HUE_SPREAD)
     paint = Image.new("RGB", size, _colour(rng, hue))
     if rng.random() < 0.4:
         draw, stripe = ImageDraw.Draw(paint), _colour(rng, hue + rng.uniform(-0.02, 0.02))
@@ -124,8 +127,8 @@ def _paint(rng: np.random.Generator, name: str, size: tuple[int, int]) -> Image.
 
 def _form(rng: np.random.Generator, name: str, width: int, height: int) -> Image.Image:
     """Coverage of one object, 0 or 255, oversampled."""
-    radius = rng.uniform(13, 30) * OVERSAMPLE
-    x, y = (rng.random() * side * OVERSAMPLE for side in (width, height))
+    radius = rng.uniform(12, 26) * OVERSAMPLE
+    x, y = (rng.uniform(0.12, 0.88) * side * OVERSAMPLE for side in (width, height))
     turn = rng.uniform(0, 2 * math.pi)
 
     def polygon(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -134,18 +137,20 @@ def _form(rng: np.random.Generator, name: str, width: int, height: int) -> Image
 
     form = Image.new("L", (width * OVERSAMPLE, height * OVERSAMPLE))
     draw = ImageDraw.Draw(form)
-    circle = [(1.0, 2 * math.pi * i / 48) for i in range(48)]
-    if name in ("disc", "leaf", "ring"):
-        draw.polygon(polygon(circle), fill=255)
+    angles = [2 * math.pi * i / 48 for i in range(48)]
+    if name == "leaf":  # an ellipse, three times as long as wide
+        draw.polygon(polygon([(0.4 / math.hypot(math.cos(a) / 3, math.sin(a)), a) for a in angles]), fill=255)
+    elif name in ("disc", "ring"):
+        draw.polygon(polygon([(1.0, a) for a in angles]), fill=255)
         if name == "ring":
-            draw.polygon(polygon([(0.55, a) for _, a in circle]), fill=0)
+            draw.polygon(polygon([(0.55, a) for a in angles]), fill=0)
     elif name in ("square", "triangle"):
         corners = 4 if name == "square" else 3
         draw.polygon(polygon([(1.15, 2 * math.pi * i / corners) for i in range(corners)]), fill=255)
     else:
         for quarter in (0, math.pi / 2):
-            half = math.atan2(0.32, 1.1)
-            draw.polygon(polygon([(1.1, quarter + s * half + t) for t in (0, math.pi) for s in (-1, 1)]), fill=255)
+            half = math.atan2(0.2, 1.15)
+            draw.polygon(polygon([(1.2, quarter + s * half + t) for t in (0, math.pi) for s in (-1, 1)]), fill=255)
     return form
 
 
@@ -157,7 +162,7 @@ def main(argv: list[str], world: World) -> int:
     parser.add_argument("--seed", type=int, default=0, help="another seed gives another data set (0)")
     args = parser.parse_args(argv)
     written = write_shapes(args.root, args.train, args.val, args.seed)
-    print(f"{args.root}: {'written' if written else 'is there already'} ({args.train} training and {args.val} validation images)")
+    print(f"{args.root}: written, {args.train} + {args.val} images" if written else f"{args.root}: is there already")
     return 0
 
 

@@ -39,7 +39,9 @@ class _SyncBatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, ...]:
         channels, local = x.shape[1], x.numel() // x.shape[1]
         sums = torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
         if local:

@@ -27,7 +27,9 @@ class LinkNet(nn.Module):
         trunk = resnet18(weights=None)
         self.stem = nn.Sequential(trunk.conv1, trunk.bn1, trunk.relu, trunk.maxpool)
         self.encoders = nn.ModuleList([trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4])
-        self.decoders = nn.ModuleList([Decoder(512, 256, 2), Decoder(256, 128, 2), Decoder(128, 64, 2), Decoder(64, 64, 1)])
+        self.decoders = nn.ModuleList(
+            [Decoder(512, 256, 2), Decoder(256, 128, 2), Decoder(128, 64, 2), Decoder(64, 64, 1)]
+        )
         self.head_up = nn.ConvTranspose2d(64, 32, 3, stride=2, padding=1, bias=False)
         self.head_bn1 = nn.BatchNorm2d(32)
         self.head_conv = nn.Conv2d(32, 32, 3, padding=1, bias=False)
@@ -46,7 +48,9 @@ class LinkNet(nn.Module):
         for level, decoder in enumerate(self.decoders):
             skip = inputs.pop()
             x = decoder(x, skip.shape[-2:])
-            if level < 3:  # the paper links encoder outputs; the stem's is the input of the first encoder and has no link
+            if (
+                level < 3
+            ):  # the paper links encoder outputs; the stem's is the input of the first encoder and has no link
                 x = x + skip
         x = self.relu(self.head_bn1(self.head_up(x, output_size=((height + 1) // 2, (width + 1) // 2))))
         x = self.relu(self.head_bn2(self.head_conv(x)))
@@ -59,10 +63,14 @@ class Decoder(nn.Module):
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
         middle = before // 4
-        self.squeeze = nn.Sequential(nn.Conv2d(before, middle, 1, bias=False), nn.BatchNorm2d(middle), nn.ReLU(inplace=True))
+        self.squeeze = nn.Sequential(
+            nn.Conv2d(before, middle, 1, bias=False), nn.BatchNorm2d(middle), nn.ReLU(inplace=True)
+        )
         self.up = nn.ConvTranspose2d(middle, middle, 3, stride=stride, padding=1, bias=False)
         self.up_bn = nn.Sequential(nn.BatchNorm2d(middle), nn.ReLU(inplace=True))
-        self.expand = nn.Sequential(nn.Conv2d(middle, after, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True))
+        self.expand = nn.Sequential(
+            nn.Conv2d(middle, after, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)
+        )
 
     def forward(self, x: torch.Tensor, size: torch.Size) -> torch.Tensor:
         """x (N, before, h, w) → (N, after, *size)."""

@@ -32,9 +32,12 @@ class UNet(nn.Module):
     def __init__(self, num_classes: int, width: int, norm: str) -> None:
         super().__init__()
         widths = [width * 2**level for level in range(LEVELS)]
-        self.down = nn.ModuleList(_double_conv(before, after, norm) for before, after in zip([3, *widths], widths, strict=False))
+        self.down = nn.ModuleList(
+            _double_conv(before, after, norm) for before, after in zip([3, *widths], widths, strict=False)
+        )
         self.up = nn.ModuleList(
-            nn.ConvTranspose2d(below, here, 3, stride=2, padding=1) for here, below in zip(widths[-2::-1], widths[:0:-1], strict=True)
+            nn.ConvTranspose2d(below, here, 3, stride=2, padding=1)
+            for here, below in zip(widths[-2::-1], widths[:0:-1], strict=True)
         )
         self.merge = nn.ModuleList(_double_conv(2 * here, here, norm) for here in widths[-2::-1])
         self.classifier = nn.Conv2d(width, num_classes, 1)

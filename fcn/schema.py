@@ -1,0 +1,273 @@
+"""Strict YAML → dataclasses. Every problem is found in one pass, one line each.
+
+A field's annotation is what it accepts: a type, a union, a Literal, a tuple, or `Annotated[type, Accept(text, holds)]`.
+Nothing is converted silently, except a whole number where a number is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+
+from fcn.errors import InputError
+
+
+class Accept(typing.NamedTuple):
+    """A constraint on a value, and how to say it to the user."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+# --- YAML → tree of leaves that remember where they stand ----------------------------------------------------------
+
+
+class _Leaf(typing.NamedTuple):
+    value: Any
+    where: str
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loader that takes only unambiguous scalars: `yes`, `010`, `12:30` and dates stay texts, to be refused."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|)$"), ["~", "n", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+][0-9]+)?|\.(?:inf|nan))$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such config file; give an existing YAML file, such as configs/quickstart.yaml"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give a YAML file in UTF-8") from None
+    tree = _parse(text, str(path), problems)
+    if not isinstance(tree, dict):
+        raise InputError(
+            f"{path}: found no keys; a config is a YAML file of `key: value` lines, such as configs/quickstart.yaml"
+        )
+    return tree
+
+
+def _parse(text: str, source: str, problems: list[str], numbered: bool = True) -> dict[str, Any] | _Leaf:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return _from_node(loader, node, source, "", problems, numbered) if node else _Leaf(None, source)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark and numbered else source
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{where}: not valid YAML ({reason}); check quotes, brackets and indentation there") from None
+    finally:
+        loader.dispose()
+
+
+def _from_node(loader: _Loader, node: yaml.Node, source: str, prefix: str, problems: list[str], numbered: bool) -> Any:
+    def where(at: yaml.Node) -> str:
+        return f"{source}:{at.start_mark.line + 1}" if numbered else source
+
+    if not isinstance(node, yaml.MappingNode):
+        return _Leaf(loader.construct_object(node, deep=True), where(node))
+    tree: dict[str, Any] = {}
+    first_line: dict[str, str] = {}
+    for key_node, value_node in node.value:
+        key = str(key_node.value)
+        if key in tree:
+            problems.append(
+                f"{where(key_node)}: {prefix}{key}: found twice (first at {first_line[key]}); keep one of them"
+            )
+            continue
+        first_line[key] = where(key_node)
+        tree[key] = _from_node(loader, value_node, source, f"{prefix}{key}.", problems, numbered)
+    return tree
+
+
+def tree_from_dict(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    return {k: tree_from_dict(v, source) if isinstance(v, Mapping) else _Leaf(v, source) for k, v in values.items()}
+
+
+def apply_override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
+    name, equals, text = override.partition("=")
+    where = f"command line: {override!r}"
+    if not equals or not name.strip():
+        problems.append(f"{where}: found no '='; write KEY=VALUE, such as optim.lr=0.01")
+        return
+    *sections, last = name.strip().split(".")
+    for section in sections:
+        if not isinstance(tree.get(section), dict):
+            tree[section] = {}
+        tree = tree[section]
+    value = _parse(text, where, problems, numbered=False)
+    if isinstance(value, dict) and isinstance(tree.get(last), dict):
+        tree[last].update(value)
+    else:
+        tree[last] = value
+
+
+# --- tree → dataclasses --------------------------------------------------------------------------------------------
+
+
+class _Context(typing.NamedTuple):
+    source: str
+    problems: list[str]
+    parsed: dict[str, Any]
+    all_keys: list[str]
+
+
+def build(cls: type, tree: dict[str, Any], source: str, problems: list[str], parsed: dict[str, Any]) -> Any:
+    """An instance of the dataclass `cls`, or None after adding to `problems`.
+
+    Args:
+        tree: what `read_yaml` returned.
+        source: names the file where a problem has no line.
+        parsed: receives every right value under its dotted name, for checks across keys.
+    """
+    return _build(cls, tree, "", _Context(source, problems, parsed, _all_keys(cls)))
+
+
+def _build(cls: type, tree: dict[str, Any], prefix: str, context: _Context) -> Any:
+    source, problems, parsed, all_keys = context
+    hints = typing.get_type_hints(cls, include_extras=True)
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    before = len(problems)
+    for key in tree:
+        if key not in known:
+            suggestion = _nearest(key, prefix, known, all_keys)
+            problems.append(f"{_first_place(tree[key], source)}: {prefix}{key}: unknown key; {suggestion}")
+    values: dict[str, Any] = {}
+    for name, field in known.items():
+        key, hint = prefix + name, hints[name]
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        section = dataclasses.is_dataclass(hint)
+        found = tree.get(name, {} if section else None)
+        if section and isinstance(found, dict):
+            values[name] = _build(hint, found, f"{key}.", context)
+        elif name in tree:
+            where, shown = _first_place(found, source), show(found.value) if isinstance(found, _Leaf) else "a section"
+            try:
+                if section or not isinstance(found, _Leaf):
+                    raise ValueError
+                values[name] = parsed[key] = _convert(hint, found.value)
+            except ValueError:
+                number = _number_hint(found.value) if isinstance(found, _Leaf) else ""
+                problems.append(f"{where}: {key}: found {shown}; accepted: {_accepted(hint)}{number}")
+        elif required:
+            problems.append(f"{source}: {key}: missing; accepted: {_accepted(hint)}")
+        else:
+            parsed[key] = field.default
+    return cls(**values) if len(problems) == before else None
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """`value` as the annotation `hint` wants it; ValueError where it does not fit."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        value = _convert(args[0], value)
+        if not args[1].holds(value):
+            raise ValueError
+        return value
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return _convert(option, value)
+            except ValueError:
+                pass
+        raise ValueError
+    if origin is Literal:
+        if not isinstance(value, str) or value not in args:
+            raise ValueError
+        return value
+    if origin is tuple:
+        if not isinstance(value, list) or (args[-1] is not Ellipsis and len(value) != len(args)):
+            raise ValueError
+        return tuple(_convert(args[0], item) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise ValueError
+    return value
+
+
+def _accepted(hint: Any) -> str:
+    """What an annotation accepts, in words."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return args[1].text
+    if origin in (typing.Union, types.UnionType):
+        return ", or ".join(_accepted(option) for option in args)
+    if origin is Literal:
+        return "one of " + ", ".join(args) if len(args) > 1 else args[0]
+    if dataclasses.is_dataclass(hint):
+        return "a section with keys of its own"
+    return {types.NoneType: "null", bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[
+        hint
+    ]
+
+
+def show(value: Any) -> str:
+    if isinstance(value, str):
+        return f"the text '{value}'"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)
+
+
+def _number_hint(value: Any) -> str:
+    """PyYAML follows YAML 1.1, where `1e-3` is a text. Say so, with the spelling that every YAML reader takes."""
+    try:
+        number = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
+        return ""
+    if not math.isfinite(number):
+        return ""
+    spelled = repr(number)
+    if "e" in spelled and "." not in spelled:
+        spelled = spelled.replace("e", ".0e")
+    return f"; YAML reads {value} as a text, write {spelled}"
+
+
+def _nearest(key: str, prefix: str, known: Mapping[str, Any], all_keys: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        return f"did you mean {prefix}{close[0]}?"
+    same_name = [name for name in all_keys if name.split(".")[-1] == key]
+    close = same_name or difflib.get_close_matches(prefix + key, all_keys, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return "accepted here: " + ", ".join(known)
+
+
+def _all_keys(cls: type, prefix: str = "") -> list[str]:
+    hints = typing.get_type_hints(cls)
+    keys: list[str] = []
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        keys += _all_keys(hint, f"{prefix}{field.name}.") if dataclasses.is_dataclass(hint) else [prefix + field.name]
+    return keys
+
+
+def _first_place(tree: Any, source: str) -> str:
+    while isinstance(tree, dict) and tree:
+        tree = next(iter(tree.values()))
+    return tree.where if isinstance(tree, _Leaf) else source

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Set up what the tests need in the checkout's virtual environment and run them. Arguments go to pytest.
+# Works from any directory; a second start re-uses what is there.
+set -euo pipefail
+
+# shellcheck source=launch/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/env.sh"
+prepare_environment requirements.txt tests/requirements.txt
+cd "$checkout"
+
+ruff check .
+ruff format --check .
+exec python -m pytest "$@"
