@@ -40,13 +40,12 @@ def run(main: Callable[[list[str], World], int], argv: list[str] | None = None) 
     world = None
     try:
         world = distributed.start()
-        return main(sys.argv[1:] if argv is None else argv, world)
+        status = main(sys.argv[1:] if argv is None else argv, world)
     except InputError as error:
         if world is None or world.rank == 0:
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
         distributed.report_failure(str(error))
         distributed.barrier()  # torchrun ends all ranks as soon as one exits: not before the message is out
-        return BAD_INPUT
-    finally:
-        if sys.exc_info()[0] is None or isinstance(sys.exc_info()[1], InputError):
-            distributed.stop()
+        status = BAD_INPUT
+    distributed.stop()
+    return status

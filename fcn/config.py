@@ -298,6 +298,10 @@ def _cross_checks(parsed: Mapping[str, Any], source: str, world_size: int) -> li
             f"{source}: train.batch_size: found {size}, which {world_size} processes cannot share equally; "
             f"accepted: a multiple of {world_size}, such as {multiples}; or start {divisors} processes"
         )
+    if parsed.get("data.test") and parsed.get("data.test") == parsed.get("data.val"):
+        found.append(
+            f"{source}: data.test: found '{parsed['data.test']}', as in data.val; accepted: another split, or null"
+        )
     name = parsed.get("model.name")
     for option in sorted({option for options in MODEL_OPTIONS.values() for option in options}):
         if name and option not in MODEL_OPTIONS[name] and parsed.get(f"model.{option}") is not None:

@@ -217,8 +217,8 @@ def report_failure(message: str) -> None:
     """Leave the message where torchrun looks for the cause, so that its own report ends with it."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        extra = {"timestamp": str(int(time.time())), "py_callstack": ""}
-        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+        failure = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": failure}), encoding="utf-8")
 
 
 def wait_for_the_message(seconds: float = 15) -> None:

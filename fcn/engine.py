@@ -221,31 +221,28 @@ class Run:
             state = {key: value for key, value in self.state().items() if key not in ("optimizer", "scaler")}
             checkpoint.save_checkpoint(self.checkpoints / "best.pt", state)
 
-    def score(self, model: nn.Module, split: str) -> Record:
-        """Evaluate a split, and draw panels of its first images."""
+    def score(self, model: nn.Module, split: str, trackers: Trackers) -> Record:
+        """Evaluate and record a split, and draw panels of some of its images."""
         dataset = self.splits[split]
         matrix, images = evaluate(model, dataset, self.config, self.world, self.numerics)
-        record = {
-            "event": "eval",
-            "step": self.step,
-            "split": split,
-            **matrix.scores(dataset.classes.names),
-            "images": images,
-        }
+        scores = matrix.scores(dataset.classes.names)
+        record = {"event": "eval", "step": self.step, "split": split, **scores, "images": images}
+        trackers.log(record)
         if self.world.rank == 0 and self.config.eval.pictures:
-            self._draw_panels(model, dataset, self.folder / "pictures" / f"{split}_{self.step:08d}.png")
+            path = self.folder / "pictures" / f"{split}_{self.step:08d}.png"
+            trackers.attempt(lambda: self._draw_panels(model, dataset, path), path.name)
         return record
 
     @torch.inference_mode()
     def _draw_panels(self, model: nn.Module, dataset: PairDataset, path: Path) -> None:
-        model.eval()
         rows = []
+        model.eval()
         # Spread over the split: neighbours are often frames of one video.
         shown = min(self.config.eval.pictures, len(dataset))
         for index in (i * len(dataset) // shown for i in range(shown)):
             image, mask = dataset.read(index)
-            pixels = np.asarray(rescale(image, self.config.eval.scale))
-            batch = torch.from_numpy(pixels.copy())[None].to(self.world.device)
+            pixels = np.array(rescale(image, self.config.eval.scale))
+            batch = torch.from_numpy(pixels)[None].to(self.world.device)
             classes = predict(model, batch, (mask.height, mask.width), self.numerics)[0]
             rows.append((np.asarray(image), np.asarray(mask), classes.cpu().numpy(), dataset.name(index)))
         model.train()
@@ -287,8 +284,7 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
             trackers.log(record | {"grad_norm": float(grad_norm), **pace.read()})
         if eval_due:
             with pace.paused():
-                run.last_eval = run.score(network, config.data.val)
-                trackers.log(run.last_eval)
+                run.last_eval = run.score(network, config.data.val, trackers)
                 if run.best is None or (run.last_eval["miou"] or 0) > run.best["miou"]:
                     run.best = {"miou": run.last_eval["miou"] or 0.0, "step": run.step}
                     run.save_best()
@@ -318,14 +314,12 @@ def _finish(run: Run, model: nn.Module, console: Console, trackers: Trackers) ->
     """Score the test split if there is one, draw the curves, write the summary."""
     final = run.last_eval
     if run.config.data.test:
-        final = run.score(model, run.config.data.test)
-        trackers.log(final)
+        final = run.score(model, run.config.data.test, trackers)
+    assert final is not None, "the last step is always evaluated"
     if run.world.rank == 0:
-        try:
-            pictures.curves(run.folder / "metrics.jsonl", run.folder / "pictures" / "curves.png")
-        except Exception as error:  # a picture must not cost a finished run
-            console.line(f"warning: no curves.png ({type(error).__name__}: {error})")
-        assert final is not None
+        folder = run.folder / "pictures"
+        folder.mkdir(exist_ok=True)
+        trackers.attempt(lambda: pictures.curves(run.folder / "metrics.jsonl", folder / "curves.png"), "curves.png")
         console.line(score_table(final))
     return _summary(run, "finished", final)
 

@@ -134,22 +134,23 @@ class Trackers:
         self.trackers: list[Tracker] = []
 
     def add(self, build: Callable[[], Tracker]) -> None:
-        self._try(lambda: self.trackers.append(build()), "starting a tracker")
+        self.attempt(lambda: self.trackers.append(build()), "starting a tracker")
 
     def log(self, record: Record) -> None:
         for tracker in list(self.trackers):
-            if not self._try(lambda tracker=tracker: tracker.log(record), type(tracker).__name__):
+            if not self.attempt(lambda tracker=tracker: tracker.log(record), type(tracker).__name__):
                 self.trackers.remove(tracker)
 
     def close(self, summary: Record) -> None:
         for tracker in self.trackers:
-            self._try(lambda tracker=tracker: tracker.close(summary), type(tracker).__name__)
+            self.attempt(lambda tracker=tracker: tracker.close(summary), type(tracker).__name__)
 
-    def _try(self, action: Callable[[], Any], what: str) -> bool:
+    def attempt(self, action: Callable[[], Any], what: str) -> bool:
+        """Do what no training run should die of; returns whether it worked."""
         try:
             action()
         except Exception as error:
-            self.warn(f"warning: {what} failed and is switched off; training goes on ({type(error).__name__}: {error})")
+            self.warn(f"warning: {what} failed; training goes on without ({type(error).__name__}: {error})")
             return False
         return True
 

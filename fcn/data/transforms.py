@@ -6,6 +6,7 @@ whichever process or worker makes it.
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import NamedTuple
 
@@ -77,6 +78,13 @@ def rescale(image: Image.Image, scale: float) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
 
 
+@functools.cache
+def _statistics(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """ImageNet's mean and deviation in grey levels 0..255; made once, because the copy to a GPU waits for it."""
+    mean, std = (torch.tensor(value, dtype=dtype, device=device) * 255 for value in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean, std
+
+
 def to_input(images: torch.Tensor, sizes: torch.Tensor | None, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
     """Normalise a batch on its device by ImageNet's mean and standard deviation; padding becomes exactly 0.
 
@@ -89,8 +97,7 @@ def to_input(images: torch.Tensor, sizes: torch.Tensor | None, dtype: torch.dtyp
     Returns:
         (N, 3, H, W) of `dtype`.
     """
-    mean = torch.tensor(IMAGENET_MEAN, dtype=dtype, device=images.device) * 255
-    std = torch.tensor(IMAGENET_STD, dtype=dtype, device=images.device) * 255
+    mean, std = _statistics(dtype, images.device)
     result = (images.to(dtype) - mean) / std
     if sizes is not None:
         rows = torch.arange(images.shape[1], device=images.device)

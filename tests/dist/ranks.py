@@ -1,0 +1,132 @@
+"""Real processes for tests: functions on gloo ranks, and the command line under torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing as mp
+
+from fcn import distributed
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 180
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, devices: str = "") -> list[Any]:
+    """`function(world, *args)` on every rank of a fresh gloo group; the results in rank order, plain picklable data.
+
+    `devices` is CUDA_VISIBLE_DEVICES there: by default no GPU.
+    """
+    context = mp.get_context("forkserver")  # imports PyTorch once, and forks before any thread is started
+    context.set_forkserver_preload(["fcn.engine"])
+    queue = context.SimpleQueue()
+    port = _free_port()
+    ranks = [
+        context.Process(target=_rank_main, args=(rank, world_size, port, queue, devices, function, args))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    results = dict(queue.get() for _ in ranks)
+    for process in ranks:
+        process.join(TIMEOUT_S)
+    failed = [result for result in results.values() if isinstance(result, _Failure)]
+    assert not failed, "\n".join(failed)
+    return [results[rank] for rank in range(world_size)]
+
+
+class _Failure(str):
+    pass
+
+
+def _rank_main(
+    rank: int, world_size: int, port: int, queue: Any, devices: str, function: Callable[..., Any], args: tuple
+) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES=devices)
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        result = function(distributed.start(timeout_s=TIMEOUT_S), *args)
+    except BaseException:
+        result = _Failure(f"rank {rank}:\n{traceback.format_exc()}")
+    queue.put((rank, result))
+    distributed.stop()
+
+
+def _free_port() -> int:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def command(processes: int, *arguments: str) -> list[str]:
+    """The command line of a user: torchrun, or plain python for one process."""
+    if processes == 1:
+        return [sys.executable, *arguments]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, *arguments]
+
+
+def environment() -> dict[str, str]:
+    """Without GPUs, credentials, or variables of a launcher around the tests."""
+    hidden = ("SLURM_", "WANDB_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
+    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(CHECKOUT)}
+
+
+def run(processes: int, *arguments: str, status: int | None = 0) -> subprocess.CompletedProcess[str]:
+    """Run to the end and check the exit status (None: any)."""
+    done = subprocess.run(
+        command(processes, *arguments),
+        cwd=CHECKOUT,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert status is None or done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@contextlib.contextmanager
+def started(processes: int, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Start in a process group of its own, of which nothing is left afterwards."""
+    process = subprocess.Popen(
+        command(processes, *arguments),
+        cwd=CHECKOUT,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(TIMEOUT_S)
+
+
+def wait_for_line(process: subprocess.Popen[str], text: str) -> list[str]:
+    """Read the output up to the first line that contains `text`."""
+    lines = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(f"never printed {text!r}:\n{''.join(lines)}")

@@ -1,0 +1,223 @@
+"""Whole runs from the command line: the same numbers on any number of processes, and no step lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fcn.checkpoint import list_checkpoints, load_checkpoint
+from tests.dist.ranks import run, started, wait_for_line
+
+
+def train(processes: int, config: str, *overrides: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    return run(processes, "train_ddp.py", "--config", config, *overrides, status=status)
+
+
+def records(run_dir: Path, event: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def assert_same_tensors(one: dict, other: dict) -> None:
+    """Model and optimizer, bit for bit."""
+    assert one["model"].keys() == other["model"].keys()
+    for key, value in one["model"].items():
+        assert torch.equal(value, other["model"][key]), key
+    states = one["optimizer"]["state"], other["optimizer"]["state"]
+    assert states[0].keys() == states[1].keys()
+    assert states[0]
+    for number, state in states[0].items():
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][number][key])), (number, key)
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    """Over all tensors of a model, relative to the tensor's largest entry."""
+    differences = []
+    for key, value in one["model"].items():
+        difference = (value.double() - other["model"][key].double()).abs().max()
+        differences.append(float(difference / value.double().abs().max().clamp_min(1e-12)))
+    return max(differences)
+
+
+def test_a_run_leaves_what_the_design_names(tiny, tmp_path: Path) -> None:
+    done = train(2, tiny(data__test="train"))
+    folder = tmp_path / "run"
+    expected = {"config.yaml", "metrics.jsonl", "checkpoints", "pictures", "summary.json", "log.txt"}
+    assert expected == {path.name for path in folder.iterdir()}
+    assert [record["step"] for record in records(folder, "train")] == list(range(1, 11))
+    assert [(record["step"], record["split"]) for record in records(folder, "eval")] == [
+        (5, "val"),
+        (10, "val"),
+        (10, "train"),
+    ]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["step"], summary["images"], summary["split"]) == ("finished", 10, 24, "train")
+    assert summary["miou"] == records(folder, "eval")[-1]["miou"]
+    checkpoints = folder / "checkpoints"
+    assert [path.name for path in list_checkpoints(checkpoints)] == [f"step_{n:08d}.pt" for n in (4, 8, 10)]
+    assert load_checkpoint(checkpoints / "best.pt")["step"] == summary["best"]["step"]
+    assert {path.name for path in (folder / "pictures").iterdir()} == {
+        "val_00000005.png", "val_00000010.png", "train_00000010.png", "curves.png",
+    }  # fmt: skip
+    assert done.stdout.count("step 7/10") == 1, "one progress line per process group, not per rank"
+    again = train(2, tiny(data__test="train"))
+    assert "this run is finished" in again.stdout
+    assert not records(folder, "train")[10:]
+
+
+def test_same_curve_and_weights_on_any_number_of_processes(tiny, tmp_path: Path) -> None:
+    results = {}
+    for processes, workers in ((1, 0), (2, 1), (3, 2)):
+        folder = tmp_path / f"run{processes}"
+        train(processes, tiny(run_dir=str(folder), data__workers=workers, train__grad_clip=0.5))
+        results[processes] = [record["loss"] for record in records(folder, "train")], load_checkpoint(folder)
+    losses, state = results[1]
+    for processes in (2, 3):
+        assert results[processes][0] == pytest.approx(losses, rel=1e-9)
+        assert largest_difference(state, results[processes][1]) <= 1e-9
+
+
+def test_whole_images_of_mixed_size_give_the_same_numbers(tiny, tmp_path: Path) -> None:
+    """Without a crop the padding collate decides the shape, and BatchNorm sees it: ranks must agree on one."""
+    results = []
+    for processes in (1, 2):
+        folder = tmp_path / f"run{processes}"
+        train(processes, tiny(run_dir=str(folder), data__crop=None, train__batch_size=4, train__steps=4))
+        results.append(load_checkpoint(folder))
+    assert largest_difference(*results) <= 1e-9
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_killed_in_the_middle_of_an_epoch_ends_with_the_same_bytes(tiny, tmp_path: Path, precision: str) -> None:
+    # 24 images and a batch of 12: steps 4 and 8 are saved, and step 7 is the middle of the fourth epoch.
+    whole, killed = (tiny(run_dir=str(tmp_path / name), train__precision=precision) for name in ("whole", "killed"))
+    train(2, whole)
+    with started(2, "train_ddp.py", "--config", killed) as process:
+        wait_for_line(process, "step 7/10")
+        os.killpg(process.pid, signal.SIGKILL)
+    resumed = train(2, killed)
+    assert "resuming at step 4/10" in resumed.stdout
+    assert_same_tensors(load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "killed"))
+    columns = [[(r["step"], r["loss"]) for r in records(tmp_path / name, "train")] for name in ("whole", "killed")]
+    assert columns[0] == columns[1], "every step once, with the loss of the uninterrupted run"
+
+
+def test_resume_on_another_number_of_processes_continues_the_run(tiny, tmp_path: Path) -> None:
+    train(1, tiny(run_dir=str(tmp_path / "whole")))
+    with started(2, "train_ddp.py", "--config", tiny(run_dir=str(tmp_path / "moved"))) as process:
+        wait_for_line(process, "step 5/10")
+        os.killpg(process.pid, signal.SIGKILL)
+    train(3, tiny(run_dir=str(tmp_path / "moved")))
+    assert largest_difference(load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "moved")) <= 1e-9
+
+
+def test_a_signal_to_one_rank_saves_and_the_run_ends_with_the_same_bytes(tiny, tmp_path: Path) -> None:
+    whole, stopped = (tiny(run_dir=str(tmp_path / name), train__steps=30) for name in ("whole", "stopped"))
+    train(2, whole)
+    with started(2, "train_ddp.py", "--config", stopped) as process:
+        wait_for_line(process, "step 6/30")
+        os.kill(rank_pid(process.pid, rank=1), signal.SIGUSR1)
+        wait_for_line(process, "stopped by a signal")
+        process.wait()
+    summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
+    assert summary["status"] == "preempted"
+    assert 6 <= summary["step"] < 30
+    train(2, stopped)
+    assert_same_tensors(load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "stopped"))
+
+
+def test_preemption_of_one_process_exits_with_75(tiny) -> None:
+    with started(1, "train_ddp.py", "--config", tiny(train__steps=200)) as process:
+        wait_for_line(process, "step 2/200")
+        process.send_signal(signal.SIGTERM)
+        wait_for_line(process, "stopped by a signal")
+        assert process.wait(60) == 75
+
+
+def rank_pid(launcher: int, rank: int) -> int:
+    """The process that torchrun started as `rank`, from its environment."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if parent == launcher and f"RANK={rank}".encode() in variables:
+            return int(folder.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(tiny, tmp_path: Path) -> None:
+    config = tiny()
+    train(1, config)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    before = load_checkpoint(tmp_path / "run")
+    newest = checkpoints / "step_00000010.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    (tmp_path / "run" / "summary.json").unlink()
+    again = train(1, config)
+    assert "step_00000010.pt: broken checkpoint" in again.stdout
+    assert "resuming at step 8/10" in again.stdout
+    assert_same_tensors(before, load_checkpoint(tmp_path / "run"))
+
+
+def test_another_run_in_the_same_folder_is_refused(tiny, tmp_path: Path) -> None:
+    train(1, tiny())
+    refused = train(1, tiny(seed=1, model__width=3), status=2)
+    assert "model.width: 2 → 3; seed: 0 → 1" in refused.stderr
+    refused = train(1, tiny(resume="never"), status=2)
+    assert "resume=never" in refused.stderr
+
+
+@pytest.mark.parametrize(("batch_size", "processes"), [(1, 1), (5, 2), (4, 3)])
+def test_evaluation_counts_the_same_integers(trained: Path, tmp_path: Path, batch_size: int, processes: int) -> None:
+    output = tmp_path / "scores.json"
+    arguments = ("-m", "fcn", "evaluate", "--checkpoint", str(trained), "--output", str(output))
+    run(processes, *arguments, f"eval.batch_size={batch_size}")
+    found = json.loads(output.read_text())
+    assert found["images"] == 10
+    assert found["confusion_matrix"] == independent_matrix(trained)
+
+
+@pytest.fixture(scope="module")
+def trained(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    overrides = (
+        f"data.root={shapes_root}",
+        f"run_dir={folder}",
+        "model.width=2",
+        "train.steps=8",
+        "wandb.mode=disabled",
+    )
+    train(1, "configs/quickstart.yaml", *overrides, "data.workers=0")
+    return folder
+
+
+def independent_matrix(run_dir: Path) -> list[list[int]]:
+    """Images one by one, with Pillow and numpy alone around the network."""
+    import numpy as np
+    from PIL import Image
+
+    from fcn.models import build_model
+
+    state = load_checkpoint(run_dir)
+    model = build_model("unet", 7, width=2, norm="batch").to(memory_format=torch.channels_last).eval()
+    model.load_state_dict(state["model"])
+    root = Path(state["config"]["data"]["root"])
+    counts = np.zeros((7, 7), np.int64)
+    for name in (root / "ImageSets/Segmentation/val.txt").read_text().split():
+        pixels = np.asarray(Image.open(root / "JPEGImages" / f"{name}.jpg")).astype(np.float32)
+        mean, std = np.float32([0.485, 0.456, 0.406]) * 255, np.float32([0.229, 0.224, 0.225]) * 255
+        with torch.no_grad():
+            logits = model(torch.from_numpy((pixels - mean) / std).permute(2, 0, 1)[None])
+        predictions = logits[0].numpy().argmax(0)
+        labels = np.asarray(Image.open(root / "SegmentationClass" / f"{name}.png"))
+        np.add.at(counts, (labels[labels != 255], predictions[labels != 255]), 1)
+    return counts.tolist()

@@ -1,0 +1,77 @@
+"""Sync-BN on gloo equals nn.BatchNorm2d on the union of the ranks' batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fcn.distributed import World
+from fcn.models.layers import SyncBatchNorm2d, convert_sync_batchnorm
+from tests.dist.ranks import run_ranks
+
+CHANNELS = 5
+
+
+def make_union(sizes: list[int], channels_last: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and output gradients; the channels' means are far from 0, where naive variances lose digits."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(sum(sizes), CHANNELS, 3, 4, generator=generator, dtype=torch.float64)
+    images = images + 10 * torch.arange(CHANNELS).reshape(1, -1, 1, 1)
+    grads = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return images.contiguous(memory_format=layout), grads.contiguous(memory_format=layout)
+
+
+def make_norm() -> nn.Sequential:
+    norm = nn.BatchNorm2d(CHANNELS, momentum=0.3).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, CHANNELS))
+        norm.bias.copy_(torch.linspace(-1, 1, CHANNELS))
+    return nn.Sequential(norm)
+
+
+def train_twice(model: nn.Sequential, images: torch.Tensor, grads: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Two training passes, so that running statistics move twice; everything that a rank can see of them."""
+    for _ in range(2):
+        model.zero_grad()
+        images = images.detach().requires_grad_()
+        output = model(images)
+        output.backward(grads)
+    norm = model[0]
+    return {
+        "output": output.detach(),
+        "input_grad": images.grad,
+        "weight_grad": norm.weight.grad,
+        "bias_grad": norm.bias.grad,
+        "running_mean": norm.running_mean,
+        "running_var": norm.running_var,
+        "batches": norm.num_batches_tracked,
+    }
+
+
+def one_rank(world: World, sizes: list[int], channels_last: bool) -> dict[str, list]:
+    images, grads = make_union(sizes, channels_last)
+    mine = slice(sum(sizes[: world.rank]), sum(sizes[: world.rank + 1]))
+    model = convert_sync_batchnorm(make_norm(), world.device)
+    assert type(model[0]) is SyncBatchNorm2d
+    return {key: value.tolist() for key, value in train_twice(model, images[mine], grads[mine]).items()}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("sizes", [[3, 3], [5, 1], [4, 0], [2, 1, 3]])
+def test_numbers_are_those_of_the_union_batch(sizes: list[int], channels_last: bool) -> None:
+    ranks = run_ranks(len(sizes), one_rank, sizes, channels_last)
+    expected = train_twice(make_norm(), *make_union(sizes, channels_last))
+    for key in ("output", "input_grad"):
+        parts = [torch.tensor(rank[key], dtype=torch.float64).reshape(-1, CHANNELS, 3, 4) for rank in ranks]
+        torch.testing.assert_close(torch.cat(parts), expected[key], rtol=1e-12, atol=1e-12)
+    for key in ("weight_grad", "bias_grad"):  # each rank holds its own part of the sum
+        total = sum(torch.tensor(rank[key], dtype=torch.float64) for rank in ranks)
+        torch.testing.assert_close(total, expected[key], rtol=1e-12, atol=1e-12)
+    for rank in ranks:
+        for key in ("running_mean", "running_var"):
+            torch.testing.assert_close(
+                torch.tensor(rank[key], dtype=torch.float64), expected[key], rtol=1e-12, atol=1e-12
+            )
+        assert rank["batches"] == 2

@@ -1,0 +1,538 @@
+"""Config files are read strictly, and everything that is wrong with one is said at once."""
+
+import ast
+import dataclasses
+import inspect
+import typing
+from pathlib import Path
+
+import pytest
+
+from fcn import config as config_module
+from fcn.config import (
+    MAY_CHANGE,
+    MODEL_OPTIONS,
+    Config,
+    Model,
+    Train,
+    config_changes,
+    config_from_dict,
+    load_config,
+    save_config,
+    to_dict,
+    total_steps,
+)
+from fcn.errors import InputError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+GOOD = """\
+run_dir: runs/x
+data:
+  name: shapes
+  root: data/shapes
+  crop: [96, 64]
+model:
+  name: unet
+train:
+  batch_size: 12
+  steps: 400
+optim:
+  lr: 0.01
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "c.yaml"
+
+
+@pytest.fixture
+def load(file):
+    def load(text=GOOD, overrides=(), world_size=1):
+        file.write_text(text, encoding="utf-8")
+        return load_config(file, overrides, world_size)
+
+    return load
+
+
+@pytest.fixture
+def problems(load):
+    """The lines of the message that a wrong config gives."""
+
+    def problems(*args, **kwargs):
+        with pytest.raises(InputError) as caught:
+            load(*args, **kwargs)
+        return str(caught.value).splitlines()
+
+    return problems
+
+
+def fields(cls, prefix=""):
+    """(dotted key, name) of every value in the config."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from fields(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, field.name
+
+
+# --- what is right loads -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config_loads_and_survives_saving(path, file):
+    config = load_config(path)
+    save_config(config, file)
+    assert load_config(file) == config
+
+
+def test_values_and_defaults(load):
+    config = load()
+    assert (config.run_dir, config.seed, config.resume) == ("runs/x", 0, "auto")
+    assert (config.data.name, config.data.crop, config.data.val) == ("shapes", (96, 64), "val")
+    assert (config.train.steps, config.train.epochs, config.optim.lr) == (400, None, 0.01)
+    assert config.wandb.mode == "auto"
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        ("lr: 1", "lr", 1.0),
+        ("lr: 1.0e-3", "lr", 0.001),
+        ("lr: .5", "lr", 0.5),
+        ("lr: +2.", "lr", 2.0),
+        ("lr: 1.5E+1", "lr", 15.0),
+        ("warmup: 1_000", "warmup", 1000),
+        ("milestones: [0.25, 0.5, 0.75]", "milestones", (0.25, 0.5, 0.75)),
+        ("milestones: []", "milestones", ()),
+        ('schedule: "cosine"', "schedule", "cosine"),
+    ],
+)
+def test_value_is_read_with_its_type(load, line, key, value):
+    found = getattr(load(GOOD.replace("lr: 0.01", line)).optim, key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "yes",
+        "null",
+        "010",
+        "1e-3",
+        "12:30",
+        "2026-01-01",
+        "a: b",
+        "# no comment",
+        "'quoted\"",
+        "[x",
+        "ü/→",
+        " x ",
+        "a\nb",
+    ],
+)
+def test_text_survives_saving(load, file, text):
+    config = load()
+    config.run_dir = text
+    save_config(config, file)
+    assert load_config(file) == config
+
+
+@pytest.mark.parametrize("number", [1e-5, 1e16, 0.1, 1 / 3, 5e-324, 1.7976931348623157e308, 3.0])
+def test_number_survives_saving(load, file, number):
+    config = load()
+    config.optim.lr = number
+    save_config(config, file)
+    assert load_config(file).optim.lr == number
+
+
+def test_dict_round_trip(load):
+    config = load(GOOD + "  milestones: [0.5, 0.75]\neval: {every: 7}\n")
+    values = to_dict(config)
+    assert config_from_dict(values, "checkpoint") == config
+    assert values["data"]["crop"] == [96, 64]
+
+
+def test_fault_in_a_dict_names_its_source(load):
+    values = to_dict(load())
+    values["optim"]["lr"] = -1.0
+    with pytest.raises(InputError, match=r"^step_7\.pt: optim\.lr: found -1\.0; accepted: a number above 0$"):
+        config_from_dict(values, "step_7.pt")
+
+
+def test_byte_order_mark_is_no_fault(file):
+    file.write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    assert load_config(file).run_dir == "runs/x"
+
+
+# --- wrong values --------------------------------------------------------------------------------------------------
+
+WRONG = [
+    *[("batch_size: 12", f"batch_size: {v}", "train.batch_size", 9)
+      for v in ("12.0", "true", "010", "12:30", "0x10", "'12'", "null", "", "0", "-4", "[12]", "12 images")],
+    *[("lr: 0.01", f"lr: {v}", "optim.lr", 12)
+      for v in (".nan", ".inf", "-.inf", "nan", "inf", "1.0e+400", "1e400", "true", "0", "-0.1", "[0.1]", "null")],
+    *[("crop: [96, 64]", f"crop: {v}", "data.crop", 5)
+      for v in ("[-96, 64]", "[96, 0]", "[96]", "[96, 64, 3]", "[96.0, 64]", "[true, 64]", "96", "96x64")],
+    *[("steps: 400", f"steps: 400\n  channels_last: {v}", "train.channels_last", 11)
+      for v in ("yes", "no", "on", "True", "1", "0", "'true'", "null")],
+    *[("lr: 0.01", f"lr: 0.01\n  schedule: {v}", "optim.schedule", 13) for v in ("Poly", "linear", "1", "null")],
+    ("crop: [96, 64]", "scale: [2.0, 0.5]", "data.scale", 5),
+    ("crop: [96, 64]", "scale: [0.0, 0.5]", "data.scale", 5),
+    ("crop: [96, 64]", "hflip: 1.5", "data.hflip", 5),
+    ("crop: [96, 64]", "workers: -1", "data.workers", 5),
+    ("lr: 0.01", "momentum: 1.0", "optim.momentum", 12),
+    ("lr: 0.01", "milestones: [0.8, 0.6]", "optim.milestones", 12),
+    ("lr: 0.01", "checkpoint: 3", "optim.checkpoint", 12),
+    ("run_dir: runs/x", "run_dir: ' '", "run_dir", 1),
+    ("run_dir: runs/x", "run_dir: 7", "run_dir", 1),
+    ("optim:\n  lr: 0.01", "optim: 3", "optim", 11),
+    ("optim:\n  lr: 0.01", "checkpoint: {keep: 1}", "checkpoint.keep", 11),
+    ("optim:\n  lr: 0.01", "loss: {ignore_index: 256}", "loss.ignore_index", 11),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "key", "line"), WRONG, ids=[new.split("\n")[-1] for _, new, _, _ in WRONG])
+def test_wrong_value_is_named_with_file_and_line(problems, file, old, new, key, line):
+    (problem,) = problems(GOOD.replace(old, new))
+    assert problem.startswith(f"{file}:{line}: {key}: ")
+    assert "accepted: " in problem or "unknown key" in problem
+
+
+def test_unknown_choice_lists_the_choices(problems):
+    (problem,) = problems(GOOD.replace("name: unet", "name: resnet"))
+    assert "model.name: found the text 'resnet'; accepted: one of " in problem
+    assert "unet" in problem.split("accepted")[1]
+    assert "linknet" in problem.split("accepted")[1]
+
+
+@pytest.mark.parametrize("text", ["1e-3", "2E5", "1e-12", "1e0", "5e+3"])
+def test_number_that_yaml_reads_as_text_is_refused_with_a_spelling_that_loads(problems, load, text):
+    (problem,) = problems(GOOD.replace("lr: 0.01", f"lr: {text}"))
+    assert f"optim.lr: found the text '{text}'" in problem
+    spelling = problem.split("write ")[1]
+    assert load(GOOD.replace("lr: 0.01", f"lr: {spelling}")).optim.lr == float(text)
+
+
+@pytest.mark.parametrize(
+    ("old", "key", "text"),
+    [
+        ("batch_size: 12", "batch_size", "1e3"),
+        ("batch_size: 12", "batch_size", "010"),
+        ("batch_size: 12", "batch_size", "'12'"),
+        ("steps: 400", "steps", "4e2"),
+        ("name: unet", "name", "1e0"),
+    ],
+)
+def test_a_spelling_is_suggested_only_if_it_loads(problems, load, old, key, text):
+    (problem,) = problems(GOOD.replace(old, f"{key}: {text}"))
+    if "write " in problem:
+        load(GOOD.replace(old, f"{key}: {problem.split('write ')[1]}"))
+
+
+@pytest.mark.parametrize(
+    ("cut", "missing"),
+    [
+        ("run_dir: runs/x\n", ["run_dir"]),
+        ("  root: data/shapes\n", ["data.root"]),
+        ("  batch_size: 12\n", ["train.batch_size"]),
+        ("data:\n  name: shapes\n  root: data/shapes\n  crop: [96, 64]\n", ["data.name", "data.root"]),
+    ],
+)
+def test_missing_key_is_named(problems, file, cut, missing):
+    found = problems(GOOD.replace(cut, ""))
+    assert len(found) == len(missing)
+    for problem, key in zip(found, missing):
+        assert problem.startswith(f"{file}: {key}: missing; accepted: ")
+
+
+# --- wrong keys ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (GOOD + "  moment: 0.9\n", 13, "optim.moment: unknown key; did you mean optim.momentum?"),
+        (GOOD + "sead: 0\n", 13, "sead: unknown key; did you mean seed?"),
+        (GOOD + "optimizer: {lr: 0.1}\n", 13, "optimizer: unknown key; did you mean optim?"),
+        (GOOD + "lr: 0.1\n", 13, "lr: unknown key; did you mean optim.lr?"),
+        (GOOD + "  crop: [9, 9]\n", 13, "optim.crop: unknown key; did you mean data.crop?"),
+        (GOOD + "  xyzzy: 1\n", 13, "optim.xyzzy: unknown key; accepted here: name, lr, momentum"),
+    ],
+)  # fmt: skip
+def test_unknown_key_is_named_with_the_nearest_known_one(problems, file, text, line, message):
+    (problem,) = problems(text)
+    assert problem.startswith(f"{file}:{line}: {message}")
+
+
+TOP_LEVEL = {field.name for field in dataclasses.fields(Config)}
+NESTED = sorted({name for key, name in fields(Config) if "." in key} - TOP_LEVEL)
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_key_at_top_level_is_sent_to_its_section(problems, name):
+    owners = [key for key, leaf in fields(Config) if leaf == name]
+    (problem,) = problems(f"{GOOD}{name}: 1\n")
+    assert problem.split("did you mean ")[1].rstrip("?") in owners
+
+
+def test_unknown_section_is_reported_at_its_own_line(problems, file):
+    (problem,) = problems(GOOD + "optimizer:\n  lr: 0.1\n")
+    assert problem.startswith(f"{file}:13: optimizer: unknown key")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "first", "second"),
+    [
+        (GOOD + "  lr: 0.02\n", "optim.lr", 12, 13),
+        (GOOD + "run_dir: runs/y\n", "run_dir", 1, 13),
+        (GOOD + "train: {steps: 3}\n", "train", 8, 13),
+        (GOOD + "eval: {every: 1, batch_size: 2, every: 3}\n", "eval.every", 13, 13),
+    ],
+)
+def test_duplicate_key_is_reported_with_both_lines(problems, file, text, key, first, second):
+    (problem,) = problems(text)
+    assert problem.startswith(f"{file}:{second}: {key}: found twice (first at {file}:{first})")
+
+
+def test_option_of_another_model_is_refused(problems):
+    (problem,) = problems(GOOD.replace("name: unet", "name: linknet\n  width: 16"))
+    assert "model.width: linknet has no such option" in problem
+    assert "unet" in problem
+
+
+def test_model_options_are_those_that_are_set(load):
+    assert load(GOOD.replace("name: unet", "name: unet\n  width: 16")).model.options() == {"width": 16}
+
+
+# --- checks across keys --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "state"),
+    [("", "neither is set"), ("  steps: 4\n  epochs: 2\n", "both are set"), ("  steps: null\n", "neither is set")],
+)
+def test_exactly_one_of_steps_and_epochs(problems, lines, state):
+    (problem,) = problems(GOOD.replace("  steps: 400\n", lines))
+    assert f"train.steps, train.epochs: {state}" in problem
+
+
+def test_epochs_instead_of_steps(load):
+    train = load(GOOD.replace("steps: 400", "epochs: 3\n  steps: null")).train
+    assert (train.steps, train.epochs) == (None, 3.0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
+def test_batch_that_the_processes_share_equally(load, world_size):
+    assert load(world_size=world_size).train.batch_size == 12
+
+
+@pytest.mark.parametrize(
+    ("world_size", "remedy"), [(5, "such as 10 or 15"), (8, "such as 8 or 16"), (13, "such as 13;")]
+)
+def test_batch_that_the_processes_cannot_share(problems, world_size, remedy):
+    (problem,) = problems(world_size=world_size)
+    assert f"train.batch_size: found 12, which {world_size} processes cannot share equally" in problem
+    assert remedy in problem
+    assert "start 1, 2, 3, 4, 6, 12 processes" in problem
+
+
+def test_all_problems_are_reported_together_one_a_line(problems, file):
+    text = (
+        GOOD.replace("run_dir: runs/x", "run_dir: 3")
+        .replace("crop: [96, 64]", "crop: [-1, 64]")
+        .replace("name: unet", "name: linknet\n  width: 4")
+        .replace("steps: 400", "epochs: 2\n  steps: 400")
+        .replace("lr: 0.01", "lr: 1e-3\n  lr: 2")
+    ) + "  momentun: 0.5\n"
+    found = problems(text, overrides=["eval.every=x", "nonsense"], world_size=5)
+    expected = [
+        f"{file}:1: run_dir: found 3",
+        f"{file}:5: data.crop: found [-1, 64]",
+        f"{file}: model.width: linknet has no such option",
+        f"{file}: train.steps, train.epochs: both are set",
+        f"{file}: train.batch_size: found 12",
+        f"{file}:14: optim.lr: found the text '1e-3'",
+        f"{file}:15: optim.lr: found twice",
+        f"{file}:16: optim.momentun: unknown key",
+        "command line: 'eval.every=x': eval.every: found the text 'x'",
+        "command line: 'nonsense': found no '='",
+    ]
+    assert len(found) == len(expected)
+    for start in expected:
+        assert sum(line.startswith(start) for line in found) == 1, start
+
+
+def test_a_text_of_several_lines_is_still_one_problem_in_one_line(problems):
+    assert len(problems(GOOD + "  warmup: |\n    a\n    b\n")) == 1
+
+
+# --- overrides -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "value"),
+    [
+        (["optim.lr=0.5"], "optim.lr", 0.5),
+        (["optim.lr=0.5", "optim.lr=0.25"], "optim.lr", 0.25),
+        (["data.crop=[32,48]"], "data.crop", [32, 48]),
+        (["data.crop=null"], "data.crop", None),
+        (["optim={momentum: 0.5}"], "optim.lr", 0.01),
+        (["optim={momentum: 0.5}"], "optim.momentum", 0.5),
+        (["eval={every: 3}"], "eval.every", 3),
+        (["eval.every=3"], "eval.every", 3),
+        (["run_dir=runs/a=b"], "run_dir", "runs/a=b"),
+        (["seed=7"], "seed", 7),
+        (["train.steps=null", "train.epochs=2"], "train.epochs", 2.0),
+    ],
+)
+def test_override_wins(load, overrides, key, value):
+    found = to_dict(load(overrides=overrides))
+    for part in key.split("."):
+        found = found[part]
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr", "found no '='; write KEY=VALUE"),
+        ("optim.l=1", "optim.l: unknown key; did you mean optim.lr?"),
+        ("opt.lr=0.1", "opt: unknown key; did you mean optim?"),
+        ("lr=0.1", "lr: unknown key; did you mean optim.lr?"),
+        ("optim.lr=1e-3", "optim.lr: found the text '1e-3'; accepted: a number above 0; YAML reads 1e-3 as a text, write 0.001"),
+        ("optim.lr=", "optim.lr: found null"),
+        ("optim=3", "optim: found 3"),
+        ("optim.lr.x=3", "optim.lr: found a section"),
+        ("optim={lr: 1, lr: 2}", "lr: found twice"),
+        ("optim.lr=[1", "not valid YAML"),
+        ("optim.lr=\x07", "not valid YAML"),
+    ],
+)  # fmt: skip
+def test_wrong_override_is_quoted(problems, override, message):
+    (problem,) = problems(overrides=[override])
+    assert problem.startswith(f"command line: {override!r}: {message}")
+
+
+def test_override_that_is_no_yaml_is_reported_with_the_other_problems(problems):
+    assert len(problems(GOOD.replace("lr: 0.01", "lr: -1"), overrides=["data.crop=[1"])) == 2
+
+
+# --- files that are no config --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", "\n# nothing\n", "hello", "- a\n- b\n", "null\n", "{}\n"])
+def test_file_without_keys(problems, file, text):
+    assert problems(text)[0].startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [("data: [1", 14), ("x: 'open\n", 14), ("\tx: 1\n", 13), ("---\nx: 1\n", 13), ("x: *nobody\n", 13), ("x: !!python/name:os 1\n", 13)],
+)  # fmt: skip
+def test_invalid_yaml_is_named_with_its_line(problems, file, more, line):
+    (problem,) = problems(GOOD + more)
+    assert problem.startswith((f"{file}:{line}: not valid YAML", f"{file}:{line - 1}: not valid YAML"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    ["x: \x07\n", "seed: !!int abc\n", "seed: !!float abc\n", "seed: !!timestamp abc\n", "a: &a {b: *a}\n"],
+)
+def test_odd_yaml_is_an_input_error_too(problems, file, more):
+    assert problems(GOOD + more)[0].startswith(str(file))
+
+
+@pytest.mark.parametrize("line", ["lr: " + "9" * 400, "warmup: " + "9" * 5000])
+def test_number_beyond_all_bounds_is_an_input_error_too(problems, file, line):
+    assert problems(GOOD.replace("lr: 0.01", line))[0].startswith(f"{file}:12: ")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.yaml: no such config file; give an existing YAML file"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_folder_instead_of_a_file(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        load_config(tmp_path)
+
+
+def test_file_that_is_not_utf8(file):
+    file.write_bytes(GOOD.encode() + b"# \xe4\n")
+    with pytest.raises(InputError, match=r"c\.yaml: cannot be read .*UTF-8"):
+        load_config(file)
+
+
+# --- length of the run, what may change ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("length", "images", "batch", "steps"),
+    [
+        ({"steps": 7}, 100, 10, 7),
+        ({"epochs": 2.0}, 10, 4, 5),
+        ({"epochs": 1.0}, 10, 4, 3),
+        ({"epochs": 0.1}, 3, 16, 1),
+        ({"epochs": 300.0}, 367, 16, 6882),  # 110100 / 16 = 6881.25
+        ({"epochs": 1.1}, 100, 10, 11),  # in floating point 1.1 · 100 is above 110
+    ],
+)
+def test_total_steps(length, images, batch, steps):
+    assert total_steps(Train(batch_size=batch, **length), images) == steps
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown", "fatal"),
+    [
+        ("optim.lr", 0.5, "0.01 → 0.5", True),
+        ("data.crop", None, "[96, 64] → null", True),
+        ("train.batch_size", 24, "12 → 24", True),
+        ("train.sync_bn", False, "true → false", True),
+        ("seed", 1, "0 → 1", True),
+        ("train.steps", 500, "400 → 500", False),
+        ("train.precision", "fp32", "the text 'bf16' → the text 'fp32'", False),
+        ("data.workers", 0, "4 → 0", False),
+        ("run_dir", "y", "the text 'runs/x' → the text 'y'", False),
+        ("eval.every", 3, "1000 → 3", False),
+        ("checkpoint.keep", 5, "3 → 5", False),
+        ("wandb.mode", "offline", "the text 'auto' → the text 'offline'", False),
+    ],
+)
+def test_change_of_a_key_on_resume(load, key, value, shown, fatal):
+    old, new = to_dict(load()), to_dict(load())
+    *sections, last = key.split(".")
+    place = new
+    for section in sections:
+        place = place[section]
+    place[last] = value
+    line = f"{key}: {shown}"
+    assert config_changes(old, new) == (([line], []) if fatal else ([], [line]))
+    assert config_changes(old, old) == ([], [])
+
+
+def test_keys_that_may_change_exist():
+    known = {key for key, _ in fields(Config)} | TOP_LEVEL
+    assert set(MAY_CHANGE) <= known
+
+
+def test_every_model_has_its_options_listed():
+    assert set(MODEL_OPTIONS) == set(typing.get_args(typing.get_type_hints(Model)["name"]))
+    options = {option for options in MODEL_OPTIONS.values() for option in options}
+    assert options == {field.name for field in dataclasses.fields(Model)} - {"name", "weights"}
+
+
+def test_every_field_is_documented_under_its_name():
+    tree = ast.parse(inspect.getsource(config_module))
+    documented, bare = [], []
+    for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for statement, below in zip(cls.body, [*cls.body[1:], None]):
+            if isinstance(statement, ast.AnnAssign):
+                has_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and below.value.value
+                (documented if has_text else bare).append(f"{cls.name}.{statement.target.id}")
+    assert bare == []
+    sections = [hint for hint in typing.get_type_hints(Config).values() if dataclasses.is_dataclass(hint)]
+    assert len(documented) == len(list(fields(Config))) + len(sections)

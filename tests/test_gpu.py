@@ -1,0 +1,85 @@
+"""What only a GPU can show. Skipped where there is none."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from fcn.config import Optim
+from fcn.data.loaders import Batch, Step
+from fcn.distributed import World
+from fcn.engine import Numerics, train_step
+from fcn.losses import cross_entropy
+from fcn.models import build_model
+from fcn.models.layers import convert_sync_batchnorm
+from fcn.optim import build_optimizer
+from tests.dist.ranks import run_ranks
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CLASSES, SIDE, IMAGES = 5, 64, 4
+
+
+def make_step() -> Step:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (IMAGES, SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
+    labels = (images.sum(-1) * CLASSES // 766).to(torch.uint8)
+    sizes = torch.tensor([[SIDE, SIDE]] * IMAGES)
+    batch = Batch(*(tensor.cuda() for tensor in (images, labels, sizes, torch.arange(IMAGES))))
+    return Step(batch, False, labels.numel(), False, 0.0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_training_lowers_the_loss_without_a_host_sync(precision: str, channels_last: bool, compiled: bool) -> None:
+    torch.manual_seed(0)
+    numerics = Numerics(precision, channels_last, torch.device("cuda"))
+    model = numerics.place(build_model("unet", CLASSES, width=8))
+    optimizer = build_optimizer(model, Optim(name="adamw", lr=1e-3))
+    network = torch.compile(model) if compiled else model
+    scaler, step = numerics.scaler(), make_step()
+
+    def train() -> torch.Tensor:
+        return train_step(
+            network, step, cross_entropy, optimizer, scaler, numerics, micro_batch=2, grad_clip=1.0, world_size=1
+        )[0]
+
+    first = [train() for _ in range(3)]  # warm-up: compilation and cached constants may wait for the device
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        last = [train() for _ in range(20)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert last[-1] < first[0]
+
+
+def shared_gpu_rank(world: World) -> list:
+    images, grads = union()
+    half = slice(world.rank * 2, world.rank * 2 + 2)
+    model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3)).double().cuda(), world.device)
+    inputs = images[half].cuda().requires_grad_()
+    output = model(inputs)
+    output.backward(grads[half].cuda())
+    return [output.tolist(), inputs.grad.tolist()]
+
+
+def union() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    images, grads = (torch.randn(4, 3, 5, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    return images, grads
+
+
+def test_sync_bn_of_two_gloo_ranks_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FCN_BACKEND", "gloo")
+    ranks = run_ranks(2, shared_gpu_rank, devices=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    images, grads = union()
+    images.requires_grad_()
+    output = nn.BatchNorm2d(3).double()(images)
+    output.backward(grads)
+    for position, expected in enumerate((output.detach(), images.grad)):
+        found = torch.cat([torch.tensor(rank[position], dtype=torch.float64) for rank in ranks])
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

@@ -1,0 +1,262 @@
+"""Batches hold the same bytes whoever loads them, and what all ranks are told about a step is true."""
+
+import shutil
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fcn.data.datasets import build_dataset
+from fcn.data.loaders import EvalBatches, TrainShares, device_steps, eval_loader, pad_collate, train_loader
+from fcn.data.samplers import EvalSampler, GlobalBatchSampler
+from fcn.data.transforms import TrainTransform
+from fcn.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+class Case(NamedTuple):
+    crop: tuple[int, int] | None
+    scale: tuple[float, float] | None
+
+
+CROPPED, WHOLE, RESIZED = Case((64, 48), (0.5, 1.5)), Case(None, None), Case(None, (0.5, 1.5))
+CASES = {"crop": CROPPED, "whole": WHOLE, "resized": RESIZED}
+
+
+def steps_of(root, case, *, batch=4, steps=4, start=0, rank=0, world=1, workers=0):
+    """The training loader of one rank; without resize nor flip, samples are the files themselves."""
+    dataset = build_dataset("shapes", str(root), "train")
+    transform = TrainTransform(case.crop, case.scale, 0.5 if case.scale else 0.0)
+    sampler = GlobalBatchSampler(
+        dataset, batch_size=batch, steps=steps, start_step=start, seed=0, rank=rank, world_size=world
+    )
+    return train_loader(TrainShares(dataset, transform, seed=0), sampler, workers, CPU)
+
+
+def mask(root, index):
+    name = (root / "ImageSets/Segmentation/train.txt").read_text().split()[index]
+    return np.array(Image.open(root / f"SegmentationClass/{name}.png"))
+
+
+def assert_equal(one, other):
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.fixture
+def copied(shapes_root, tmp_path):
+    """A copy of the data set that a test may break."""
+    return shutil.copytree(shapes_root, tmp_path / "shapes")
+
+
+# --- padding collate -----------------------------------------------------------------------------------------------
+
+
+def arrays(*sizes):
+    return [np.full((*size, 3), 7 + i, np.uint8) for i, size in enumerate(sizes)], [
+        np.full(size, 1 + i, np.uint8) for i, size in enumerate(sizes)
+    ]
+
+
+def test_collate_pads_at_the_bottom_and_right_with_labels_255():
+    batch = pad_collate(*arrays((1, 3), (2, 1)), [5, 9])
+    assert (batch.images.dtype, batch.labels.dtype) == (torch.uint8, torch.uint8)
+    assert batch.labels.tolist() == [[[1, 1, 1], [255, 255, 255]], [[2, 255, 255], [2, 255, 255]]]
+    assert batch.images.shape == (2, 2, 3, 3)
+    assert (batch.images[0, :1] == 7).all()
+    assert (batch.images[1, :, :1] == 8).all()
+    assert batch.sizes.tolist() == [[1, 3], [2, 1]]
+    assert batch.indices.tolist() == [5, 9]
+    assert (batch.sizes.dtype, batch.indices.dtype) == (torch.int64, torch.int64)
+    assert batch.padded
+
+
+def test_collate_pads_to_an_explicit_size():
+    batch = pad_collate(*arrays((2, 2), (2, 2)), [0, 1], (3, 4))
+    assert batch.images.shape == (2, 3, 4, 3)
+    expected = np.full((2, 3, 4), 255)
+    expected[0, :2, :2], expected[1, :2, :2] = 1, 2
+    assert np.array_equal(batch.labels, expected)
+    assert batch.padded
+
+
+def test_collate_of_equal_sizes_pads_nothing():
+    batch = pad_collate(*arrays((2, 3), (2, 3)), [0, 1])
+    assert batch.labels.tolist() == [[[1] * 3] * 2, [[2] * 3] * 2]
+    assert not batch.padded
+
+
+def test_collate_takes_flipped_arrays():
+    image = np.arange(6, dtype=np.uint8).reshape(1, 2, 3)
+    batch = pad_collate([image[:, ::-1]], [np.array([[1, 2]], np.uint8)[:, ::-1]], [0])
+    assert batch.images.tolist() == [[[[3, 4, 5], [0, 1, 2]]]]
+    assert batch.labels.tolist() == [[[2, 1]]]
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_workers_do_not_change_a_batch(shapes_root, case):
+    alone, shared = list(steps_of(shapes_root, case)), list(steps_of(shapes_root, case, workers=2))
+    assert len(alone) == len(shared) == 4
+    for one, other in zip(alone, shared):
+        assert_equal(one, other)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_the_batch_of_one_process(shapes_root, case, world):
+    alone = list(steps_of(shapes_root, case))
+    ranks = [list(steps_of(shapes_root, case, rank=rank, world=world)) for rank in range(world)]
+    for whole, *parts in zip(alone, *ranks):
+        assert_equal(whole, [torch.cat(tensors) for tensors in zip(*parts)])
+
+
+@pytest.mark.parametrize("case", [WHOLE, RESIZED], ids=["whole", "resized"])
+def test_padded_size_is_the_largest_of_the_global_batch_on_every_rank(shapes_root, case):
+    ranks = [list(steps_of(shapes_root, case, rank=rank, world=2)) for rank in range(2)]
+    own_size_is_smaller = False
+    for one, other in zip(*ranks):
+        largest = torch.cat([one.sizes, other.sizes]).amax(0).tolist()
+        assert list(one.images.shape[1:3]) == list(other.images.shape[1:3]) == largest
+        own_size_is_smaller |= one.sizes.amax(0).tolist() != other.sizes.amax(0).tolist()
+    assert own_size_is_smaller
+
+
+def test_whole_images_arrive_unchanged_at_the_top_left(shapes_root):
+    for batch in steps_of(shapes_root, WHOLE):
+        for row, index in enumerate(batch.indices.tolist()):
+            expected = np.full(batch.labels.shape[1:], 255)
+            stored = mask(shapes_root, index)
+            expected[: stored.shape[0], : stored.shape[1]] = stored
+            assert batch.sizes[row].tolist() == list(stored.shape)
+            assert np.array_equal(batch.labels[row], expected)
+
+
+def test_a_sample_is_augmented_anew_in_each_epoch(shapes_root):
+    (first,), (second,) = (list(steps_of(shapes_root, CROPPED, batch=24, steps=s + 1, start=s)) for s in (0, 1))
+    assert sorted(first.indices.tolist()) == sorted(second.indices.tolist()) == list(range(24))
+    before = dict(zip(first.indices.tolist(), first.images))
+    changed = [not torch.equal(before[index], image) for index, image in zip(second.indices.tolist(), second.images)]
+    assert sum(changed) > 20
+
+
+def test_resumed_loader_continues_with_the_same_bytes(shapes_root):
+    whole, tail = list(steps_of(shapes_root, CROPPED)), list(steps_of(shapes_root, CROPPED, start=2))
+    assert len(tail) == 2
+    for one, other in zip(whole[2:], tail):
+        assert_equal(one, other)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_file_is_a_value_of_its_step_alone(copied, case, workers):
+    indices = next(iter(steps_of(copied, WHOLE))).indices.tolist()
+    name = (copied / "ImageSets/Segmentation/train.txt").read_text().split()[indices[1]]
+    (copied / f"JPEGImages/{name}.jpg").write_bytes(b"text")
+    first, *rest = steps_of(copied, case, workers=workers)
+    assert isinstance(first, InputError)
+    assert f"{name}.jpg: cannot be read" in str(first)
+    assert not any(isinstance(batch, InputError) for batch in rest)
+
+
+# --- evaluation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_sees_every_image_once_whole_and_unpadded(shapes_root, workers):
+    dataset = build_dataset("shapes", str(shapes_root), "train")
+    sizes = [dataset.size(index) for index in range(len(dataset))]
+    sampler = EvalSampler(sizes, batch_size=8, rank=0, world_size=1)
+    seen = []
+    for batch in eval_loader(dataset, sampler, 1.0, workers, CPU):
+        assert not batch.padded
+        for labels, index in zip(batch.labels, batch.indices.tolist()):
+            assert np.array_equal(labels, mask(shapes_root, index))
+            seen.append(index)
+    assert sorted(seen) == list(range(24))
+
+
+def test_evaluation_at_a_scale_resizes_images_but_not_labels(shapes_root):
+    dataset = build_dataset("shapes", str(shapes_root), "train")
+    height, width = mask(shapes_root, 3).shape
+    batch = EvalBatches(dataset, 0.5)[[3]]
+    assert batch.images.shape == (1, round(height * 0.5), round(width * 0.5), 3)
+    assert np.array_equal(batch.labels[0], mask(shapes_root, 3))
+    assert not batch.padded
+
+
+def test_broken_file_in_evaluation_is_a_value(copied):
+    (copied / "SegmentationClass/000002.png").write_bytes(b"text")
+    dataset = build_dataset("shapes", str(copied), "train")
+    assert isinstance(EvalBatches(dataset)[[0]].images, torch.Tensor)
+    fault = EvalBatches(dataset)[[2]]
+    assert isinstance(fault, InputError)
+    assert "000002.png: cannot be read" in str(fault)
+
+
+# --- hand-over to the device ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_every_step_arrives_with_its_count_of_valid_pixels(shapes_root, steps, workers):
+    found = list(device_steps(steps_of(shapes_root, WHOLE, steps=steps, workers=workers), CPU))
+    assert len(found) == steps
+    for step, expected in zip(found, steps_of(shapes_root, WHOLE, steps=steps)):
+        assert_equal(step.batch, expected)
+        indices = step.batch.indices.tolist()
+        assert step.valid_count == sum(np.count_nonzero(mask(shapes_root, index) != 255) for index in indices)
+        assert step.padded == (len({mask(shapes_root, index).shape for index in indices}) > 1)
+        assert step.stop is False
+        assert step.waited_s >= 0
+
+
+def test_no_steps_left_is_no_fault(shapes_root):
+    assert list(device_steps(steps_of(shapes_root, CROPPED, steps=2, start=2), CPU)) == []
+
+
+def test_crop_larger_than_some_images_is_padded(shapes_root):
+    for step in device_steps(steps_of(shapes_root, Case((128, 128), None)), CPU):
+        assert step.batch.images.shape == (4, 128, 128, 3)
+        indices = step.batch.indices.tolist()
+        assert step.padded == any(min(mask(shapes_root, index).shape) < 128 for index in indices)
+
+
+def test_step_without_valid_pixels_counts_none(copied):
+    for path in (copied / "SegmentationClass").iterdir():
+        Image.fromarray(np.full_like(np.array(Image.open(path)), 255)).save(path)
+    assert [step.valid_count for step in device_steps(steps_of(copied, CROPPED), CPU)] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("bad", [0, 2, 3])
+def test_broken_file_ends_the_run_at_its_step(copied, bad, workers):
+    index = list(steps_of(copied, WHOLE))[bad].indices[2].item()
+    name = (copied / "ImageSets/Segmentation/train.txt").read_text().split()[index]
+    content = (copied / f"JPEGImages/{name}.jpg").read_bytes()
+    (copied / f"JPEGImages/{name}.jpg").write_bytes(content[: len(content) // 2])
+    arrived = []
+    with pytest.raises(InputError, match=rf"^{copied}/JPEGImages/{name}\.jpg: broken image \([^\n]*$"):
+        arrived.extend(device_steps(steps_of(copied, CROPPED, workers=workers), CPU))
+    # `extend` keeps what came before the exception.
+    assert len(arrived) == bad
+
+
+@pytest.mark.parametrize("asked_after", [0, 1, 3])
+def test_request_to_stop_shows_in_the_steps_loaded_after_it(shapes_root, asked_after):
+    asked = False
+    stops = []
+    for step in device_steps(steps_of(shapes_root, CROPPED, steps=7), CPU, lambda: asked):
+        stops.append(step.stop)
+        if len(stops) > asked_after:
+            asked = True
+    # When a step is used, the next one is loaded already: the one after that is the first to know.
+    assert stops == [False] * (asked_after + 2) + [True] * (7 - asked_after - 2)
+
+
+def test_request_to_stop_before_the_first_step(shapes_root):
+    assert [step.stop for step in device_steps(steps_of(shapes_root, CROPPED), CPU, lambda: True)] == [True] * 4

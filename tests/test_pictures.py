@@ -1,0 +1,138 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fcn.data.labels import SHAPES, VOC, Classes
+from fcn.pictures import CELL, GAP, IGNORE_COLOUR, colourise, curves, panels
+
+RED, GREEN, BLUE = (200, 10, 20), (30, 190, 40), (50, 60, 210)
+CLASSES = Classes(("red", "green", "blue"), (RED, GREEN, BLUE))
+GRAY = (77, 77, 77)
+
+
+def photo(height: int, width: int) -> np.ndarray:
+    return np.full((height, width, 3), 77, np.uint8)
+
+
+def count(picture: Image.Image, colour: tuple[int, int, int]) -> int:
+    return int((np.asarray(picture) == colour).all(axis=2).sum())
+
+
+def columns(sheet: Image.Image) -> list[Image.Image]:
+    """The sheet cut at the middle of the gaps between image, label and prediction."""
+    cuts = [0, CELL + 3 * GAP // 2, 2 * CELL + 5 * GAP // 2, sheet.width]
+    return [sheet.crop((left, 0, right, sheet.height)) for left, right in zip(cuts, cuts[1:])]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_every_class_has_its_palette_colour_and_255_the_ignore_colour(dtype):
+    labels = np.array([[0, 1, 2], [255, 6, 5]], dtype)
+    picture = np.asarray(colourise(labels, SHAPES))
+    expected = [
+        [SHAPES.palette[0], SHAPES.palette[1], SHAPES.palette[2]],
+        [IGNORE_COLOUR, SHAPES.palette[6], SHAPES.palette[5]],
+    ]
+    assert picture.tolist() == np.array(expected).tolist()
+
+
+@pytest.mark.parametrize("classes", [SHAPES, VOC], ids=["shapes", "voc"])
+def test_the_ignore_colour_is_no_class(classes):
+    assert IGNORE_COLOUR not in classes.palette
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "area"),
+    [
+        pytest.param(40, 80, CELL * CELL // 2, id="landscape"),
+        pytest.param(80, 40, CELL * CELL // 2, id="portrait"),
+        pytest.param(720, 720, CELL * CELL, id="larger than a cell"),
+        pytest.param(1, 1, CELL * CELL, id="one pixel"),
+        pytest.param(1, 2000, CELL, id="one row"),
+    ],
+)
+def test_image_label_and_prediction_stand_side_by_side_at_the_size_of_a_cell(height, width, area):
+    labels, predictions = np.full((height, width), 1, np.uint8), np.full((height, width), 2, np.int64)
+    image, label, prediction = columns(panels([(photo(height, width), labels, predictions, "")], CLASSES))
+    assert count(image, GRAY) == area
+    assert count(label, GREEN) == area
+    assert count(prediction, BLUE) == area
+    assert count(label, BLUE) == count(prediction, GREEN) == 0
+
+
+def test_labels_keep_their_place_and_get_no_mixed_colours():
+    labels = np.array([[0, 1], [2, 255]], np.uint8)
+    _, label, _ = columns(panels([(photo(2, 2), labels, np.zeros((2, 2), np.uint8), "")], CLASSES))
+    pixels = np.asarray(label)
+    ys, xs = {}, {}
+    for colour in (RED, GREEN, BLUE, IGNORE_COLOUR):
+        assert count(label, colour) == CELL * CELL // 4
+        y, x = np.nonzero((pixels == colour).all(axis=2))
+        ys[colour], xs[colour] = y.mean(), x.mean()
+    assert ys[RED] == ys[GREEN] < ys[BLUE] == ys[IGNORE_COLOUR]
+    assert xs[RED] == xs[BLUE] < xs[GREEN] == xs[IGNORE_COLOUR]
+
+
+def test_the_legend_shows_exactly_the_classes_that_occur():
+    labels = np.full((10, 10), 1, np.uint8)
+    labels[0] = 255
+    first_column, *_ = columns(panels([(photo(10, 10), labels, np.ones((10, 10), np.uint8), "")], CLASSES))
+    assert count(first_column, GREEN) > 100
+    assert count(first_column, IGNORE_COLOUR) > 100
+    assert count(first_column, RED) == count(first_column, BLUE) == 0
+
+
+def test_a_long_legend_shows_every_class():
+    labels = np.array([range(len(VOC))], np.uint8)
+    sheet = panels([(photo(1, len(VOC)), labels, labels, "")], VOC)
+    # The only row is 17 pixels high; the legend is what stands below it and its caption.
+    legend = sheet.crop((0, sheet.height // 2, sheet.width, sheet.height))
+    assert [name for name, colour in zip(VOC.names, VOC.palette, strict=True) if count(legend, colour) < 100] == []
+
+
+def test_rows_of_mixed_sizes_stand_below_each_other():
+    def row(height: int, width: int, label: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+        labels = np.full((height, width), label, np.uint8)
+        return photo(height, width), labels, labels, f"{height}x{width}"
+
+    _, label, _ = columns(panels([row(40, 80, 0), row(80, 40, 1), row(30, 30, 2)], CLASSES))
+    assert [count(label, colour) for colour in (RED, GREEN, BLUE)] == [CELL**2 // 2, CELL**2 // 2, CELL**2]
+    pixels = np.asarray(label)
+    spans = [np.nonzero((pixels == colour).all(axis=2).any(axis=1))[0] for colour in (RED, GREEN, BLUE)]
+    assert spans[0].max() < spans[1].min()
+    assert spans[1].max() < spans[2].min()
+
+
+def train(step: int) -> dict:
+    return {"event": "train", "step": step, "loss": 2 / step, "lr": 0.1 / step, "images_per_s": 50 + step}
+
+
+def evaluation(step: int, split: str, miou: float | None) -> dict:
+    return {"event": "eval", "step": step, "split": split, "miou": miou}
+
+
+NONE_YET: list[dict] = []
+RUN = [*map(train, (10, 20, 30)), evaluation(20, "val", None), evaluation(30, "val", 0.4), evaluation(30, "test", 0.3)]
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        pytest.param(RUN, id="run"),
+        pytest.param(NONE_YET, id="empty"),
+        pytest.param([train(10)], id="one step"),
+        pytest.param([evaluation(10, "val", None)], id="no score"),
+    ],
+)
+def test_curves_are_drawn(tmp_path, records):
+    def draw(records: list[dict], name: str) -> np.ndarray:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        curves(tmp_path / "metrics.jsonl", tmp_path / name)
+        with Image.open(tmp_path / name) as picture:
+            assert picture.format == "PNG"
+            return np.asarray(picture.convert("RGB"))
+
+    picture, axes_only = draw(records, "curves.png"), draw(NONE_YET, "empty.png")
+    assert picture.std() > 0
+    assert (picture.shape != axes_only.shape or (picture != axes_only).any()) == bool(records)

@@ -1,0 +1,219 @@
+"""Training transforms compute what a plain resize and crop would, and the network's input is normalised exactly."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fcn.data.transforms import TrainTransform, rescale, to_input
+from fcn.seeding import generator
+
+SCALES = [0.4, 0.75, 1.0, 1.37, 2.0]
+MEAN = np.array([0.485, 0.456, 0.406])
+STD = np.array([0.229, 0.224, 0.225])
+
+
+def picture(height, width, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def grey(height, width, values, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).choice(np.array(values, np.uint8), (height, width)))
+
+
+def coordinates(height, width):
+    """Labels that name their row and column: row 0..15 and column 0..15 in one byte."""
+    rows, columns = np.mgrid[:height, :width]
+    return Image.fromarray((rows * 16 + columns).astype(np.uint8))
+
+
+def test_result_does_not_depend_on_the_order_of_the_samples():
+    images = [(picture(40, 50, seed), grey(40, 50, range(7), seed)) for seed in range(6)]
+
+    def results(order):
+        transform = TrainTransform((24, 24), (0.5, 2.0), 0.5)
+        return {index: transform(*images[index], generator(0, "augment", 3, index)) for index in order}
+
+    forward, shuffled = results(range(6)), results([4, 1, 5, 0, 3, 2])
+    for index in range(6):
+        assert np.array_equal(forward[index][0], shuffled[index][0])
+        assert np.array_equal(forward[index][1], shuffled[index][1])
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("seed", range(6))
+def test_crop_before_resize_equals_crop_of_the_resized_image(scale, seed):
+    height, width, crop = 83, 71, (24, 20)
+    image, labels = picture(height, width), grey(height, width, range(20))
+    transform = TrainTransform(crop, (scale, scale), 0.5)
+    plan = transform.plan((height, width), generator(seed, "test"))
+    result, classes = transform(image, labels, generator(seed, "test"))
+
+    full_height, full_width = round(height * scale), round(width * scale)
+    left, top = round(plan.box[0] * full_width / width), round(plan.box[1] * full_height / height)
+    window = np.s_[top : top + crop[0], left : left + crop[1]]
+    expected = np.asarray(image.resize((full_width, full_height), Image.Resampling.BILINEAR))[window]
+    expected_classes = np.asarray(labels.resize((full_width, full_height), Image.Resampling.NEAREST))[window]
+    if plan.flip:
+        expected, expected_classes = expected[:, ::-1], expected_classes[:, ::-1]
+    assert result.shape == (*crop, 3)
+    assert np.abs(result.astype(int) - expected).max() <= 1
+    assert np.array_equal(classes, expected_classes)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_without_resize_the_result_is_a_window_of_the_source(seed):
+    image = picture(16, 16)
+    result, classes = TrainTransform((7, 9), None, 0.0)(image, coordinates(16, 16), generator(seed, "test"))
+    top, left = divmod(int(classes[0, 0]), 16)
+    assert np.array_equal(classes, np.asarray(coordinates(16, 16))[top : top + 7, left : left + 9])
+    assert np.array_equal(result, np.asarray(image)[top : top + 7, left : left + 9])
+
+
+def test_every_crop_position_is_drawn_equally_often():
+    labels = coordinates(5, 6)
+    transform = TrainTransform((3, 3), None, 0.0)
+    corners = [int(transform(picture(5, 6), labels, generator(0, "test", i))[1][0, 0]) for i in range(1200)]
+    # Twelve positions of 100: chi-square with 11 degrees of freedom is below 31.3 in 99.9 % of fair draws.
+    counts = np.bincount(corners, minlength=256)
+    assert np.flatnonzero(counts).tolist() == [16 * row + column for row in range(3) for column in range(4)]
+    assert ((counts[counts > 0] - 100) ** 2 / 100).sum() < 31.3
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("values", [(0, 255), (3, 20), (0, 1, 2, 254)])
+def test_labels_never_get_a_value_that_was_not_in_the_source(scale, values):
+    labels = grey(61, 47, values)
+    for seed in range(4):
+        _, classes = TrainTransform((32, 32), (scale, scale), 0.5)(picture(61, 47), labels, generator(seed, "test"))
+        assert set(np.unique(classes).tolist()) <= set(values)
+
+
+@pytest.mark.parametrize("scale", [None, (0.7, 0.7), (1.6, 1.6)])
+def test_flip_turns_image_and_labels(scale):
+    image, labels = picture(30, 20), grey(30, 20, range(9))
+    straight = TrainTransform((16, 16), scale, 0.0)(image, labels, generator(1, "test"))
+    flipped = TrainTransform((16, 16), scale, 1.0)(image, labels, generator(1, "test"))
+    assert np.array_equal(flipped[0], np.flip(straight[0], axis=1))
+    assert np.array_equal(flipped[1], np.flip(straight[1], axis=1))
+    assert not np.array_equal(flipped[1], straight[1])
+
+
+@pytest.mark.parametrize(("probability", "low", "high"), [(0.0, 0, 0), (0.25, 200, 300), (1.0, 1000, 1000)])
+def test_flip_has_its_probability(probability, low, high):
+    transform = TrainTransform(None, None, probability)
+    # Four standard deviations of 1000 draws at 0.25 are 55.
+    assert low <= sum(transform.plan((4, 4), generator(0, "test", i)).flip for i in range(1000)) <= high
+
+
+def test_scale_stays_in_its_range_and_keeps_the_shape_of_the_image():
+    transform = TrainTransform(None, (0.5, 2.0), 0.0)
+    plans = [transform.plan((100, 200), generator(0, "test", i)) for i in range(300)]
+    assert all(50 <= plan.height <= 200 and abs(plan.width - 2 * plan.height) <= 1 for plan in plans)
+    assert min(plan.height for plan in plans) < 55
+    assert max(plan.height for plan in plans) > 195
+    assert all(plan.box == pytest.approx((0, 0, 200, 100), abs=1e-9) for plan in plans)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "expected"),
+    [((10, 12), (32, 32), (10, 12)), ((10, 64), (32, 32), (10, 32)), ((64, 12), (32, 32), (32, 12)), ((10, 12), None, (10, 12))],
+)  # fmt: skip
+def test_image_smaller_than_the_crop_stays(size, crop, expected):
+    result, classes = TrainTransform(crop, None, 0.0)(picture(*size), grey(*size, [1, 2]), generator(0, "test"))
+    assert (result.shape, classes.shape) == ((*expected, 3), expected)
+    if expected == size:
+        assert np.array_equal(result, picture(*size))
+        assert np.array_equal(classes, grey(*size, [1, 2]))
+
+
+@pytest.mark.parametrize("crop", [(5, 5), (64, 64), None])
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (7, 3), (375, 500), (333, 499)])
+def test_box_never_leaves_the_source(size, crop):
+    transform = TrainTransform(crop, (0.01, 3.0), 0.5)
+    for i in range(200):
+        plan = transform.plan(size, generator(0, "test", i))
+        left, top, right, bottom = plan.box
+        assert 0 <= left < right <= size[1]
+        assert 0 <= top < bottom <= size[0]
+        assert min(plan.height, plan.width) >= 1
+
+
+class Largest(random.Random):
+    def random(self):
+        return math.nextafter(1.0, 0.0)
+
+
+@pytest.mark.parametrize("size", [(37, 53), (375, 500), (333, 499)])
+@pytest.mark.parametrize("scale", [0.51, 0.77, 1.3, 1.9])
+def test_last_crop_position_is_one_that_pillow_accepts(size, scale):
+    transform = TrainTransform((16, 16), (scale, scale), 0.5)
+    result, classes = transform(picture(*size), grey(*size, [0, 1]), Largest())
+    assert (result.shape, classes.shape) == ((16, 16, 3), (16, 16))
+
+
+@pytest.mark.parametrize("scale", [0.6, 0.83, 1.0, 1.29, 1.9])
+@pytest.mark.parametrize("seed", range(3))
+def test_image_and_labels_stay_aligned(scale, seed):
+    blocks = np.random.default_rng(seed).integers(0, 12, (8, 10), np.uint8)
+    labels = np.kron(blocks, np.ones((16, 16), np.uint8))
+    image = np.repeat(labels[..., None] * 20, 3, axis=2)
+    transform = TrainTransform((64, 64), (scale, scale), 0.5)
+    pixels, classes = transform(Image.fromarray(image), Image.fromarray(labels), generator(seed, "test"))
+    # Away from edges, which a resize blurs by one source pixel: all neighbours within two have one label.
+    near = np.lib.stride_tricks.sliding_window_view(classes, (5, 5))
+    flat = (near == classes[2:-2, 2:-2, None, None]).all(axis=(2, 3))
+    assert flat.mean() > 0.3
+    assert np.array_equal(pixels[2:-2, 2:-2][flat], np.repeat(classes[2:-2, 2:-2][flat][:, None] * 20, 3, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("scale", "size"), [(1.0, (30, 41)), (0.5, (15, 20)), (2.0, (60, 82)), (0.75, (22, 31)), (0.001, (1, 1))]
+)
+def test_rescale_resizes_by_a_factor(scale, size):
+    image = picture(30, 41)
+    result = rescale(image, scale)
+    assert (result.height, result.width) == size
+    if scale == 1.0:
+        assert np.array_equal(result, image)
+
+
+def test_rescale_averages_what_it_shrinks():
+    stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (64, 32)))
+    middle = np.asarray(rescale(stripes, 0.25))[2:-2, 2:-2]
+    assert np.abs(middle.astype(int) - 127).max() <= 16
+
+
+# --- uint8 → the network's input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+def test_input_is_normalised(dtype, tolerance, channels_last):
+    images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
+    images[0, 0, 0], images[0, 0, 1] = 0, 255
+    expected = ((images.astype(np.float64) / 255 - MEAN) / STD).transpose(0, 3, 1, 2)
+    result = to_input(torch.from_numpy(images), None, dtype, channels_last)
+    assert (result.dtype, result.shape) == (dtype, (2, 3, 5, 7))
+    assert np.abs(result.double().numpy() - expected).max() < tolerance
+    assert result.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@pytest.mark.parametrize("value", [0, 1, 124, 255])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_padding_is_exactly_zero_whatever_stands_there(value, channels_last, dtype):
+    images = torch.full((3, 6, 8, 3), value, dtype=torch.uint8)
+    sizes = torch.tensor([[6, 8], [4, 8], [2, 3]])
+    result = to_input(images, sizes, dtype, channels_last)
+    whole = to_input(images, None, dtype, channels_last)
+    assert (whole != 0).all()
+    for row, (height, width) in enumerate(sizes.tolist()):
+        assert torch.equal(result[row, :, :height, :width], whole[row, :, :height, :width])
+        outside = torch.ones(6, 8, dtype=torch.bool)
+        outside[:height, :width] = False
+        assert (result[row][:, outside] == 0).all()
+    assert result.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
