@@ -55,6 +55,7 @@ def main(argv: list[str], world: World) -> int:
 
 
 def open_splits(config: Config) -> dict[str, PairDataset]:
+    """The data sets of the run by their split's name."""
     names = [config.data.train, config.data.val, config.data.test]
     return {
         name: build_dataset(config.data.name, config.data.root, name, config.loss.ignore_index)
@@ -76,6 +77,7 @@ def build_run(config: Config, world: World, splits: dict[str, PairDataset]) -> R
 
 
 def open_console(run: Run) -> tracking.Console:
+    """Terminal and log file on rank 0, silence on the others; makes the run directory."""
     if run.world.rank != 0:
         return tracking.Console.silent()
     try:
@@ -90,10 +92,13 @@ def open_console(run: Run) -> tracking.Console:
 def start_or_resume(run: Run, console: tracking.Console) -> None:
     """Rank 0 picks the checkpoint, every rank loads it."""
 
+    def set_aside(path: Path, problem: str) -> None:
+        console.line(f"warning: {path}: broken checkpoint ({problem}), renamed to {checkpoint.set_aside(path).name}")
+
     def pick() -> str | None:
         if run.world.rank != 0:
             return None
-        newest = checkpoint.find_newest(run.checkpoints, console.line)
+        newest = checkpoint.find_newest(run.checkpoints, set_aside)
         if run.config.resume == "never" and newest:
             raise InputError(
                 f"{run.folder}: resume=never, but {newest} is there; choose another run_dir or delete this one"
@@ -132,6 +137,7 @@ def open_trackers(run: Run, console: tracking.Console) -> tracking.Trackers:
 
 
 def describe(run: Run, console: tracking.Console) -> None:
+    """What runs where, in three lines."""
     config, world = run.config, run.world
     parameters = sum(p.numel() for p in run.model.parameters())
     share = config.train.batch_size // world.size

@@ -40,6 +40,7 @@ def main(argv: list[str], world: World) -> int:
 
 
 def evaluate_command(path: str, split: str | None, output: str | None, overrides: list[str], world: World) -> int:
+    """Build the checkpoint's network and data, score one split, print and perhaps write the result."""
     state = distributed.together(lambda: load_checkpoint(path))
     # Nothing is trained, so any number of processes fits the batch size of the training run.
     config = distributed.together(lambda: config_from_dict(state["config"], path, overrides))

@@ -26,6 +26,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, texts, lists, dicts) so that a crash leaves the old file or the new one.
 
     The checksum is in place before the file gets its name: a named file without a matching checksum is a broken one.
+    While a file is replaced, the checksums of both versions stand beside it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -33,13 +34,14 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         writer = _HashingWriter(file)
         torch.save({"format": FORMAT, **state}, writer)
         _sync(file)
-    digest = path.with_name(f"{path.name}.sha256")
-    digest_temporary = path.with_name(f".{digest.name}.tmp")
-    with digest_temporary.open("wb") as file:
-        file.write(f"{writer.hash.hexdigest()}  {path.name}\n".encode())
-        _sync(file)
-    digest_temporary.replace(digest)
+    line = f"{writer.hash.hexdigest()}  {path.name}\n"
+    digest = _digest_path(path)
+    replaced = digest.read_text() if path.exists() and digest.exists() else ""
+    _write(digest, replaced + line)
     temporary.replace(path)
+    if replaced:
+        _sync_folder(path.parent)
+        _write(digest, line)
     _sync_folder(path.parent)
 
 
@@ -69,8 +71,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: refused, because loading it could run code; accepted: plain data, as fcn writes it"
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        raise InputError(f"{path}: cannot be read ({str(error).splitlines()[0]}); use another checkpoint") from None
+    except Exception as error:  # whatever a foreign file makes the reader raise, the file is at fault
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: cannot be read ({reason}); use another checkpoint") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path}: not a checkpoint of this program (format {FORMAT}); give a file that fcn wrote")
     return state
@@ -78,32 +81,32 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint file, or None if its bytes match the checksum beside it."""
-    digest = path.with_name(f"{path.name}.sha256")
+    digest = _digest_path(path)
+    for file in (path, digest):
+        if not file.is_file():
+            return "no such file" if file is path else f"{digest.name} is missing, so the file cannot be verified"
     try:
-        expected = digest.read_text().split()
+        expected = [line.split()[:1] for line in digest.read_text().splitlines()]
         with path.open("rb") as file:
-            found = (
-                hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-            )
-    except FileNotFoundError as error:
-        return (
-            "no such file"
-            if error.filename == str(path)
-            else f"{digest.name} is missing, so the file cannot be verified"
-        )
+            found = _sha256(file)
     except (OSError, UnicodeDecodeError) as error:
         return f"cannot be read ({error})"
-    return None if expected[:1] == [found] else f"its SHA-256 is not the one in {digest.name}: truncated or altered"
+    return None if [found] in expected else f"its SHA-256 is not the one in {digest.name}: truncated or altered"
 
 
-def find_newest(folder: Path, warn: Callable[[str], None] = lambda message: None) -> Path | None:
-    """The checkpoint of the highest step that verifies; broken ones are named through `warn`."""
+def find_newest(folder: Path, on_broken: Callable[[Path, str], None] = lambda path, problem: None) -> Path | None:
+    """The checkpoint of the highest step that verifies; each broken one on the way is passed to `on_broken`."""
     for path in reversed(list_checkpoints(folder)):
         problem = verify(path)
         if problem is None:
             return path
-        warn(f"{path}: broken checkpoint ({problem}); trying the one before it")
+        on_broken(path, problem)
     return None
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a broken checkpoint, so that it takes no place among those that are kept; returns its new name."""
+    return path.rename(path.with_name(f"{path.name}.broken"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -113,10 +116,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; call after a save, so that the newest is known to be whole."""
+    """Delete all but the newest `keep` (1 or more) checkpoints, and what a killed save left behind.
+
+    Call it after a save, so that the newest is known to be whole.
+    """
     for path in list_checkpoints(folder)[:-keep]:
         path.unlink(missing_ok=True)
-        path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
+        _digest_path(path).unlink(missing_ok=True)
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 class _HashingWriter:
@@ -133,11 +141,23 @@ class _HashingWriter:
         self.file.flush()
 
 
-def _digest(file: BinaryIO) -> str:  # Python 3.10 has no hashlib.file_digest
+def _digest_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _sha256(file: BinaryIO) -> str:  # hashlib.file_digest needs Python 3.11
     digest = hashlib.sha256()
     while chunk := file.read(1 << 20):
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(text.encode())
+        _sync(file)
+    temporary.replace(path)
 
 
 def _sync(file: BinaryIO) -> None:

@@ -39,7 +39,7 @@ def learning_rate(step: int, steps: int, config: Optim) -> float:
     if config.schedule == "cosine":
         return config.lr * (1 + math.cos(math.pi * done)) / 2
     if config.schedule == "step":
-        return config.lr * config.gamma ** sum(step >= fraction * steps for fraction in config.milestones)
+        return config.lr * config.gamma ** sum(step / steps >= fraction for fraction in config.milestones)
     return config.lr
 
 

@@ -11,10 +11,10 @@ class StopFlag:
     """`flag()` is whether a signal has asked this process to save and leave; a second SIGINT leaves at once."""
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self.received: set[int] = set()
 
     def __call__(self) -> bool:
-        return self.signal is not None
+        return bool(self.received)
 
     def listen(self) -> StopFlag:
         for number in SIGNALS:
@@ -22,7 +22,6 @@ class StopFlag:
         return self
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self.signal == signal.SIGINT == number:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGINT and number in self.received:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+        self.received.add(number)

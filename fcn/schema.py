@@ -53,6 +53,11 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
+    """A YAML file as a tree of dicts whose leaves know their line; duplicate keys go to `problems`.
+
+    Raises:
+        InputError: the file is missing, unreadable, not YAML, or holds no keys.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -108,6 +113,7 @@ def tree_from_dict(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
+    """Set one leaf of the tree from `section.key=YAML`; a mapping as value changes the keys that it names."""
     name, equals, text = override.partition("=")
     where = f"command line: {override!r}"
     if not equals or not name.strip():
@@ -226,6 +232,7 @@ def _accepted(hint: Any) -> str:
 
 
 def show(value: Any) -> str:
+    """A value as a message shows it: texts are called texts, so that `'1e-3'` and 0.001 look different."""
     if isinstance(value, str):
         return f"the text '{value}'"
     if isinstance(value, bool):

@@ -7,17 +7,22 @@ once and dropped: it never stops training.
 from __future__ import annotations
 
 import json
+import math
+import netrc
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TextIO
+from urllib.parse import urlsplit
 
 Record = dict[str, Any]
 
 
 class Tracker(Protocol):
+    """Receives every record once, in order, and the summary at the end."""
+
     def log(self, record: Record) -> None: ...
 
     def close(self, summary: Record) -> None: ...
@@ -52,9 +57,11 @@ class Console:
         if self.file:
             print(stamped, file=self.file, flush=True)
         if self.live:
-            padding = " " * (self._width - len(text))
-            self._width = 0 if end else len(text)
-            print(f"\r{text}{padding}", end=end, file=self.stream, flush=True)
+            # A progress line that wraps could not be rewritten.
+            shown = text if end else text[: os.get_terminal_size(self.stream.fileno()).columns - 1]
+            padding = " " * (self._width - len(shown))
+            self._width = 0 if end else len(shown)
+            print(f"\r{shown}{padding}", end=end, file=self.stream, flush=True)
         else:
             print(stamped, file=self.stream, flush=True)
 
@@ -78,13 +85,17 @@ class Console:
 
 
 class JsonLines:
-    """metrics.jsonl: one record a line."""
+    """metrics.jsonl: one record a line. JSON knows no infinity (of an fp16 gradient, say): it becomes null."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("a", encoding="utf-8")
 
     def log(self, record: Record) -> None:
-        print(json.dumps(record), file=self.file, flush=True)
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        print(json.dumps(finite, allow_nan=False), file=self.file, flush=True)
 
     def close(self, summary: Record) -> None:
         self.file.close()
@@ -115,14 +126,13 @@ class WandB:
 
 
 def wandb_credentials() -> bool:
-    """Whether W&B could log in without asking: a key in the environment or in the netrc file."""
+    """Whether W&B can log in without asking: a key in the environment, or in netrc, where `wandb login` writes it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     try:
-        from wandb.sdk.lib import apikey
-
-        return bool(apikey.api_key())
-    except Exception:
+        return netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc").authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
         return False
 
 
@@ -182,6 +192,7 @@ def read_summary(folder: Path) -> Record:
 
 
 def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file so that a crash leaves the old one or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)

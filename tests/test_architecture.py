@@ -145,6 +145,6 @@ def undocumented(module: ast.Module) -> list[str]:
     return missing
 
 
-@pytest.mark.parametrize("path", PROGRAM, ids=relative)
+@pytest.mark.parametrize("path", MODULES.values(), ids=relative)
 def test_public_functions_and_classes_have_a_docstring(path):
     assert undocumented(tree(path)) == []

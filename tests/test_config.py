@@ -403,7 +403,7 @@ def test_override_wins(load, overrides, key, value):
         ("optim.l=1", "optim.l: unknown key; did you mean optim.lr?"),
         ("opt.lr=0.1", "opt: unknown key; did you mean optim?"),
         ("lr=0.1", "lr: unknown key; did you mean optim.lr?"),
-        ("optim.lr=1e-3", "optim.lr: found the text '1e-3'; accepted: a number above 0; YAML reads 1e-3 as a text, write 0.001"),
+        ("optim.lr=1e-3", "optim.lr: found the text '1e-3'; accepted: a number above 0; YAML reads 1e-3 as a text"),
         ("optim.lr=", "optim.lr: found null"),
         ("optim=3", "optim: found 3"),
         ("optim.lr.x=3", "optim.lr: found a section"),
@@ -431,11 +431,18 @@ def test_file_without_keys(problems, file, text):
 
 @pytest.mark.parametrize(
     ("more", "line"),
-    [("data: [1", 14), ("x: 'open\n", 14), ("\tx: 1\n", 13), ("---\nx: 1\n", 13), ("x: *nobody\n", 13), ("x: !!python/name:os 1\n", 13)],
-)  # fmt: skip
+    [
+        ("x: [1\ny: 2\n", 14),
+        ("x: 'open\n", 14),
+        ("\tx: 1\n", 13),
+        ("---\nx: 1\n", 13),
+        ("x: *nobody\n", 13),
+        ("x: !!python/name:os 1\n", 13),
+    ],
+)
 def test_invalid_yaml_is_named_with_its_line(problems, file, more, line):
     (problem,) = problems(GOOD + more)
-    assert problem.startswith((f"{file}:{line}: not valid YAML", f"{file}:{line - 1}: not valid YAML"))
+    assert problem.startswith(f"{file}:{line}: not valid YAML")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def voc(tmp_path):
 
 @pytest.fixture
 def camvid(tmp_path):
-    """A CamVid folder in the public layout, with one training image of 2x3 pixels; its list is for the test to write."""
+    """A CamVid folder in the public layout, with one image of 2x3 pixels; its list is for the test to write."""
     for folder in ("train", "trainannot"):
         (tmp_path / folder).mkdir()
     picture(2, 3).save(tmp_path / "train/0001.png")
@@ -163,8 +163,9 @@ def test_image_of_another_mode_becomes_rgb(voc, mode):
 
 
 @pytest.mark.parametrize(
-    ("name", "remedy"), [("voc", "set data.root to"), ("camvid", "set data.root to"), ("shapes", "python -m fcn.data.shapes")]
-)  # fmt: skip
+    ("name", "remedy"),
+    [("voc", "set data.root to"), ("camvid", "set data.root to"), ("shapes", "python -m fcn.data.shapes")],
+)
 def test_missing_root(tmp_path, name, remedy):
     message = fault(tmp_path / "nowhere", name=name)
     assert message.startswith(f"data.root: {tmp_path / 'nowhere'}: no such folder")

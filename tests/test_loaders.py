@@ -248,12 +248,9 @@ def test_broken_file_ends_the_run_at_its_step(copied, bad, workers):
 
 @pytest.mark.parametrize("asked_after", [0, 1, 3])
 def test_request_to_stop_shows_in_the_steps_loaded_after_it(shapes_root, asked_after):
-    asked = False
     stops = []
-    for step in device_steps(steps_of(shapes_root, CROPPED, steps=7), CPU, lambda: asked):
+    for step in device_steps(steps_of(shapes_root, CROPPED, steps=7), CPU, lambda: len(stops) > asked_after):
         stops.append(step.stop)
-        if len(stops) > asked_after:
-            asked = True
     # When a step is used, the next one is loaded already: the one after that is the first to know.
     assert stops == [False] * (asked_after + 2) + [True] * (7 - asked_after - 2)
 

@@ -20,7 +20,7 @@ def flag():
 def send(number: int, received) -> None:
     """A real signal to this process; Python runs the handler a moment later."""
     os.kill(os.getpid(), number)
-    for _ in range(1000):
+    for _ in range(200):
         if received():
             return
         time.sleep(0.005)
@@ -36,7 +36,7 @@ def test_a_signal_sets_the_flag_and_nothing_else(flag, number):
     handlers = [signal.getsignal(n) for n in (TERM, INT, USR1)]
     send(number, flag)
     assert flag() is True
-    assert flag.signal == number
+    assert flag.received == {number}
     assert [signal.getsignal(n) for n in (TERM, INT, USR1)] == handlers
 
 
@@ -50,6 +50,6 @@ def test_repeated_requests_of_a_scheduler_stay_harmless(flag, number):
 @pytest.mark.parametrize("sequence", [(INT, INT), (TERM, INT, INT), (INT, TERM, INT)])
 def test_a_second_sigint_leaves_at_once(flag, sequence):
     for number in sequence[:-1]:
-        send(number, lambda number=number: flag.signal == number)
+        send(number, lambda number=number: number in flag.received)
     with pytest.raises(KeyboardInterrupt):
         send(INT, lambda: False)

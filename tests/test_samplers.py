@@ -1,4 +1,4 @@
-"""Who gets which sample: the data of a step is the same for any number of processes, and no image is lost or doubled."""
+"""The data of a step is the same for any number of processes, and no image is lost or doubled."""
 
 from collections import Counter
 

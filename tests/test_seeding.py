@@ -49,8 +49,13 @@ def test_no_two_places_share_a_seed():
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [((0, "a", 1), (1, "a", 0)), ((1, "a", 23), (12, "a", 3)), ((0, "a", 1, 11), (0, "a", 11, 1)), ((0, "a"), (0, "a", 0))],
-)  # fmt: skip
+    [
+        ((0, "a", 1), (1, "a", 0)),
+        ((1, "a", 23), (12, "a", 3)),
+        ((0, "a", 1, 11), (0, "a", 11, 1)),
+        ((0, "a"), (0, "a", 0)),
+    ],
+)
 def test_swapped_or_joined_numbers_are_other_seeds(one, other):
     assert derive(*one) != derive(*other)
 

@@ -120,8 +120,13 @@ def test_scale_stays_in_its_range_and_keeps_the_shape_of_the_image():
 
 @pytest.mark.parametrize(
     ("size", "crop", "expected"),
-    [((10, 12), (32, 32), (10, 12)), ((10, 64), (32, 32), (10, 32)), ((64, 12), (32, 32), (32, 12)), ((10, 12), None, (10, 12))],
-)  # fmt: skip
+    [
+        ((10, 12), (32, 32), (10, 12)),
+        ((10, 64), (32, 32), (10, 32)),
+        ((64, 12), (32, 32), (32, 12)),
+        ((10, 12), None, (10, 12)),
+    ],
+)
 def test_image_smaller_than_the_crop_stays(size, crop, expected):
     result, classes = TrainTransform(crop, None, 0.0)(picture(*size), grey(*size, [1, 2]), generator(0, "test"))
     assert (result.shape, classes.shape) == ((*expected, 3), expected)

@@ -35,29 +35,31 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 class _SyncBatchNorm(torch.autograd.Function):
     """Ioffe and Szegedy 2015, forward and backward, with every sum taken over all ranks.
 
-    Sums of channels cross in float64, so that the result does not depend on how the batch is shared beyond rounding.
+    Statistics cross in float64, so that how the batch is shared changes no more than the last bits.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, ...]:
-        channels, local = x.shape[1], x.numel() // x.shape[1]
-        sums = torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
+        local = x.numel() // x.shape[1]
         if local:
             # One fused pass: the local mean and (biased) variance of each channel.
-            mean, variance = (s.double() for s in torch.batch_norm_update_stats(x, None, None, 0.0))
-            sums[:channels] = mean * local
-            sums[channels:-1] = (variance + mean.square()) * local
-            sums[-1] = local
-        sums = distributed.sum_in_rank_order(sums)
-        count = sums[-1]
-        mean = sums[:channels] / count
-        variance = (sums[channels:-1] / count - mean.square()).clamp_min(0)
+            mine = torch.stack(torch.batch_norm_update_stats(x, None, None, 0.0)).double()
+        else:
+            mine = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
+        parts = distributed.stack_ranks(torch.cat([mine, torch.full_like(mine[:1], local)]))  # (ranks, 3, C)
+        means, variances, counts = parts.unbind(1)
+        count = counts[:, 0].sum()
+        mean = (means * counts).sum(0) / count
+        # Chan, Golub, LeVeque 1979: no difference of large numbers, so the ranks' rounding stays the only one.
+        variance = ((variances + (means - mean).square()) * counts).sum(0) / count
         dtype = torch.promote_types(x.dtype, weight.dtype)
-        mean32, variance32 = mean.to(dtype), variance.to(dtype)
-        output = F.batch_norm(x, mean32, variance32, weight, bias, False, 0.0, eps) if local else torch.empty_like(x)
-        ctx.save_for_backward(x, weight, mean32, variance32, count)
+        wide_mean, wide_variance = mean.to(dtype), variance.to(dtype)
+        output = (
+            F.batch_norm(x, wide_mean, wide_variance, weight, bias, False, 0.0, eps) if local else torch.empty_like(x)
+        )
+        ctx.save_for_backward(x, weight, wide_mean, wide_variance, count)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, variance, count)
         return output, mean, variance, count
@@ -73,12 +75,13 @@ class _SyncBatchNorm(torch.autograd.Function):
             )
         else:
             grad_input, grad_weight, grad_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight)
-        sums = distributed.sum_in_rank_order(torch.cat([grad_weight.double(), grad_bias.double()]))
+        sums = distributed.stack_ranks(torch.cat([grad_weight.double(), grad_bias.double()])).sum(0)
         total_weight, total_bias = (sums / count).chunk(2)
         # dx = w/σ · (g − Σg/n − x̂·Σgx̂/n) = fixed-statistics gradient + slope·x + offset, with x̂ = (x − mean)/σ
-        slope = -(weight * invstd * invstd * total_weight).to(x.dtype)
-        offset = -(weight * invstd * total_bias).to(x.dtype) - slope * mean.to(x.dtype)
-        grad_input.addcmul_(x, slope[None, :, None, None]).add_(offset[None, :, None, None])
+        slope = -(weight * invstd * invstd * total_weight).to(weight.dtype)
+        offset = -(weight * invstd * total_bias).to(weight.dtype) - slope * mean
+        # Under autocast x has fewer digits than slope and offset: the product is formed in theirs.
+        grad_input += (x * slope[:, None, None]).add_(offset[:, None, None])
         return grad_input, grad_weight, grad_bias, None
 
 

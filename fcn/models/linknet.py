@@ -22,6 +22,8 @@ def linknet(num_classes: int) -> nn.Module:
 
 
 class LinkNet(nn.Module):
+    """ResNet-18 down, four decoders with added skips up, and the paper's head; see `linknet`."""
+
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         trunk = resnet18(weights=None)

@@ -24,11 +24,18 @@ def unet(num_classes: int, width: int = 64, norm: str = "batch") -> nn.Module:
         num_classes: channels of the logits.
         width: channels of the first level; each level doubles them.
         norm: "batch" puts BatchNorm between convolution and ReLU; "none" is the paper's.
+
+    Raises:
+        ValueError: another norm.
     """
+    if norm not in ("batch", "none"):
+        raise ValueError(f"unknown norm {norm!r}; known: batch, none")
     return UNet(num_classes, width, norm)
 
 
 class UNet(nn.Module):
+    """Way down, way up, and a 1×1 classifier; see `unet`."""
+
     def __init__(self, num_classes: int, width: int, norm: str) -> None:
         super().__init__()
         widths = [width * 2**level for level in range(LEVELS)]

@@ -18,7 +18,7 @@ def tiny(shapes_root: Path, tmp_path: Path):
         config["data"] |= {"root": str(shapes_root), "crop": [48, 48], "workers": 1}
         config["model"]["width"] = 2
         config["train"] |= {"batch_size": 12, "steps": 10, "precision": "fp64", "log_every": 1}
-        config["optim"] |= {"name": "sgd", "lr": 0.05, "warmup": 2}
+        config["optim"] |= {"name": "sgd", "lr": 0.02, "warmup": 2}
         config["eval"] |= {"every": 5, "batch_size": 4, "pictures": 2}
         config["checkpoint"]["every"] = 4
         config["wandb"]["mode"] = "disabled"

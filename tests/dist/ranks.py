@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -100,25 +101,55 @@ def run(processes: int, *arguments: str, status: int | None = 0) -> subprocess.C
     return done
 
 
+class Launched(subprocess.Popen):
+    """A command and every process that comes of it, which torchrun puts into sessions of their own."""
+
+    def __init__(self, processes: int, *arguments: str, stderr: int = subprocess.STDOUT) -> None:
+        self.mark = f"FCN_TEST_LAUNCH={uuid.uuid4()}"
+        environ = environment() | dict([self.mark.split("=")])
+        super().__init__(
+            command(processes, *arguments),
+            cwd=CHECKOUT,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+
+    def family(self) -> dict[int, list[str]]:
+        """Process id → environment of all that are alive."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                variables = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+                if self.mark in variables:
+                    found[int(folder.name)] = variables
+        return found
+
+    def rank(self, rank: int) -> int:
+        """Process id of a rank (its data-loader workers, which inherit its environment, came later)."""
+        return min(pid for pid, variables in self.family().items() if f"RANK={rank}" in variables)
+
+    def kill_all(self) -> None:
+        """SIGKILL to every process; returns when none is left."""
+        while family := self.family():
+            for pid in family:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.wait(0.1)
+
+
 @contextlib.contextmanager
-def started(processes: int, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Start in a process group of its own, of which nothing is left afterwards."""
-    process = subprocess.Popen(
-        command(processes, *arguments),
-        cwd=CHECKOUT,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def started(processes: int, *arguments: str, stderr: int = subprocess.STDOUT) -> Iterator[Launched]:
+    """Start a command; nothing of it is left afterwards."""
+    process = Launched(processes, *arguments, stderr=stderr)
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(TIMEOUT_S)
+        process.kill_all()
+        process.communicate()
 
 
 def wait_for_line(process: subprocess.Popen[str], text: str) -> list[str]:

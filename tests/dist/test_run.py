@@ -96,39 +96,40 @@ def test_whole_images_of_mixed_size_give_the_same_numbers(tiny, tmp_path: Path) 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_killed_in_the_middle_of_an_epoch_ends_with_the_same_bytes(tiny, tmp_path: Path, precision: str) -> None:
-    # 24 images and a batch of 12: steps 4 and 8 are saved, and step 7 is the middle of the fourth epoch.
-    whole, killed = (tiny(run_dir=str(tmp_path / name), train__precision=precision) for name in ("whole", "killed"))
+    # 24 images and a batch of 8: an epoch has three steps, and a checkpoint is due every 4.
+    changes = {"train__precision": precision, "train__steps": 40, "train__batch_size": 8}
+    whole, killed = (tiny(run_dir=str(tmp_path / name), **changes) for name in ("whole", "killed"))
     train(2, whole)
     with started(2, "train_ddp.py", "--config", killed) as process:
-        wait_for_line(process, "step 7/10")
-        os.killpg(process.pid, signal.SIGKILL)
-    resumed = train(2, killed)
-    assert "resuming at step 4/10" in resumed.stdout
+        wait_for_line(process, "step 7/40")
+        process.kill_all()
+    assert 4 <= load_checkpoint(tmp_path / "killed")["step"] < 40
+    assert "resuming at step" in train(2, killed).stdout
     assert_same_tensors(load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "killed"))
     columns = [[(r["step"], r["loss"]) for r in records(tmp_path / name, "train")] for name in ("whole", "killed")]
     assert columns[0] == columns[1], "every step once, with the loss of the uninterrupted run"
 
 
 def test_resume_on_another_number_of_processes_continues_the_run(tiny, tmp_path: Path) -> None:
-    train(1, tiny(run_dir=str(tmp_path / "whole")))
-    with started(2, "train_ddp.py", "--config", tiny(run_dir=str(tmp_path / "moved"))) as process:
-        wait_for_line(process, "step 5/10")
-        os.killpg(process.pid, signal.SIGKILL)
-    train(3, tiny(run_dir=str(tmp_path / "moved")))
+    whole, moved = (tiny(run_dir=str(tmp_path / name), train__steps=30) for name in ("whole", "moved"))
+    train(1, whole)
+    with started(2, "train_ddp.py", "--config", moved) as process:
+        wait_for_line(process, "step 5/30")
+        process.kill_all()
+    assert "resuming at step" in train(3, moved).stdout
     assert largest_difference(load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "moved")) <= 1e-9
 
 
 def test_a_signal_to_one_rank_saves_and_the_run_ends_with_the_same_bytes(tiny, tmp_path: Path) -> None:
-    whole, stopped = (tiny(run_dir=str(tmp_path / name), train__steps=30) for name in ("whole", "stopped"))
+    whole, stopped = (tiny(run_dir=str(tmp_path / name), train__steps=60) for name in ("whole", "stopped"))
     train(2, whole)
     with started(2, "train_ddp.py", "--config", stopped) as process:
-        wait_for_line(process, "step 6/30")
-        os.kill(rank_pid(process.pid, rank=1), signal.SIGUSR1)
+        wait_for_line(process, "step 6/60")
+        os.kill(process.rank(1), signal.SIGUSR1)
         wait_for_line(process, "stopped by a signal")
-        process.wait()
     summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
     assert summary["status"] == "preempted"
-    assert 6 <= summary["step"] < 30
+    assert 6 <= summary["step"] < 60
     train(2, stopped)
     assert_same_tensors(load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "stopped"))
 
@@ -139,19 +140,6 @@ def test_preemption_of_one_process_exits_with_75(tiny) -> None:
         process.send_signal(signal.SIGTERM)
         wait_for_line(process, "stopped by a signal")
         assert process.wait(60) == 75
-
-
-def rank_pid(launcher: int, rank: int) -> int:
-    """The process that torchrun started as `rank`, from its environment."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = (folder / "environ").read_bytes().split(b"\0")
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            continue
-        if parent == launcher and f"RANK={rank}".encode() in variables:
-            return int(folder.name)
-    raise AssertionError(f"no process of rank {rank}")
 
 
 def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(tiny, tmp_path: Path) -> None:
