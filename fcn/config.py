@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ from fcn.schema import Accept
 
 Positive = Annotated[float, Accept("a number above 0", lambda value: value > 0)]
 NotNegative = Annotated[float, Accept("a number, 0 or more", lambda value: value >= 0)]
-Fraction = Annotated[float, Accept("a number from 0 to 1", lambda value: 0 <= value <= 1)]
+UnitInterval = Annotated[float, Accept("a number from 0 to 1", lambda value: 0 <= value <= 1)]
 Momentum = Annotated[float, Accept("a number from 0 to below 1", lambda value: 0 <= value < 1)]
 Count = Annotated[int, Accept("a whole number, 1 or more", lambda value: value >= 1)]
 CountOrZero = Annotated[int, Accept("a whole number, 0 or more", lambda value: value >= 0)]
@@ -57,7 +58,7 @@ class Data:
     """Training crop in pixels. null trains on whole images, padded to the largest of the global batch."""
     scale: ScaleRange | None = None
     """Range of the random resize factor before the crop. null leaves the size as it is."""
-    hflip: Fraction = 0.5
+    hflip: UnitInterval = 0.5
     """Probability of a horizontal flip."""
     workers: CountOrZero = 4
     """Data-loader processes per training process. 0 loads in the training process itself."""
@@ -139,7 +140,7 @@ class Optim:
     """Exponent of `schedule: poly`."""
     milestones: Milestones = (0.6, 0.85)
     """Fractions of the run after which `schedule: step` multiplies the rate by `gamma`."""
-    gamma: Fraction = 0.1
+    gamma: UnitInterval = 0.1
     """Factor of `schedule: step`."""
 
 
@@ -183,13 +184,21 @@ class Config:
     """auto continues from the newest checkpoint in run_dir. never starts afresh and refuses to overwrite. A checkpoint
     file is where the run starts if run_dir has no checkpoint of its own."""
     data: Data
+    """What is trained and scored on."""
     model: Model
+    """What is trained."""
     train: Train
+    """How a step is computed, and how many there are."""
     loss: Loss = dataclasses.field(default_factory=Loss)
+    """What is minimised."""
     optim: Optim = dataclasses.field(default_factory=Optim)
+    """How it is minimised."""
     eval: Eval = dataclasses.field(default_factory=Eval)
+    """When and how the run is scored."""
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    """When the run is saved."""
     wandb: Wandb = dataclasses.field(default_factory=Wandb)
+    """Where the run is recorded beside its folder."""
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = (), world_size: int = 1) -> Config:
@@ -235,7 +244,8 @@ def total_steps(train: Train, dataset_size: int) -> int:
     if train.steps is not None:
         return train.steps
     assert train.epochs is not None
-    return max(1, math.ceil(train.epochs * dataset_size / train.batch_size))
+    # In decimals as the user wrote them: 1.1 epochs of 100 images are 110 images, not 110.00000000000001.
+    return max(1, math.ceil(Fraction(str(train.epochs)) * dataset_size / train.batch_size))
 
 
 MAY_CHANGE = (
@@ -267,7 +277,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _checked(
-    tree: dict[str, Any], source: str, overrides: Iterable[str], world_size: int, problems: list[str]
+    tree: schema.Section, source: str, overrides: Iterable[str], world_size: int, problems: list[str]
 ) -> Config:
     for override in overrides:
         schema.apply_override(tree, override, problems)

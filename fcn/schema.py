@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import types
@@ -36,6 +37,18 @@ class _Leaf(typing.NamedTuple):
     where: str
 
 
+class Section(dict):
+    """Keys → leaves and sections, and where the section's own key stands."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+
+MOST_LEVELS = 8
+"""Deeper nesting is no config; an alias that contains itself has no end at all."""
+
+
 class _Loader(yaml.SafeLoader):
     """Safe loader that takes only unambiguous scalars: `yes`, `010`, `12:30` and dates stay texts, to be refused."""
 
@@ -52,7 +65,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
+def read_yaml(path: Path, problems: list[str]) -> Section:
     """A YAML file as a tree of dicts whose leaves know their line; duplicate keys go to `problems`.
 
     Raises:
@@ -61,74 +74,87 @@ def read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such config file; give an existing YAML file, such as configs/quickstart.yaml"
-        ) from None
+        raise InputError(f"{path}: no such config file; give a YAML file, such as configs/quickstart.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); give a YAML file in UTF-8") from None
-    tree = _parse(text, str(path), problems)
-    if not isinstance(tree, dict):
-        raise InputError(
-            f"{path}: found no keys; a config is a YAML file of `key: value` lines, such as configs/quickstart.yaml"
-        )
+    tree = _parse(text, str(path), "", problems)
+    if not isinstance(tree, Section):
+        if problems:
+            raise InputError("\n".join(problems))
+        raise InputError(f"{path}: found no keys; give a file of `key: value` lines, such as configs/quickstart.yaml")
     return tree
 
 
-def _parse(text: str, source: str, problems: list[str], numbered: bool = True) -> dict[str, Any] | _Leaf:
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        return _from_node(loader, node, source, "", problems, numbered) if node else _Leaf(None, source)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{source}:{mark.line + 1}" if mark and numbered else source
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"{where}: not valid YAML ({reason}); check quotes, brackets and indentation there") from None
-    finally:
-        loader.dispose()
-
-
-def _from_node(loader: _Loader, node: yaml.Node, source: str, prefix: str, problems: list[str], numbered: bool) -> Any:
-    def where(at: yaml.Node) -> str:
-        return f"{source}:{at.start_mark.line + 1}" if numbered else source
-
-    if not isinstance(node, yaml.MappingNode):
-        return _Leaf(loader.construct_object(node, deep=True), where(node))
-    tree: dict[str, Any] = {}
-    first_line: dict[str, str] = {}
-    for key_node, value_node in node.value:
-        key = str(key_node.value)
-        if key in tree:
-            problems.append(
-                f"{where(key_node)}: {prefix}{key}: found twice (first at {first_line[key]}); keep one of them"
-            )
-            continue
-        first_line[key] = where(key_node)
-        tree[key] = _from_node(loader, value_node, source, f"{prefix}{key}.", problems, numbered)
+def tree_from_dict(values: Mapping[str, Any], source: str) -> Section:
+    """Plain data as the tree that `read_yaml` makes; every leaf is at `source`."""
+    tree = Section(source)
+    for key, value in values.items():
+        tree[key] = tree_from_dict(value, source) if isinstance(value, Mapping) else _Leaf(value, source)
     return tree
 
 
-def tree_from_dict(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    return {k: tree_from_dict(v, source) if isinstance(v, Mapping) else _Leaf(v, source) for k, v in values.items()}
-
-
-def apply_override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
+def apply_override(tree: Section, override: str, problems: list[str]) -> None:
     """Set one leaf of the tree from `section.key=YAML`; a mapping as value changes the keys that it names."""
     name, equals, text = override.partition("=")
     where = f"command line: {override!r}"
     if not equals or not name.strip():
-        problems.append(f"{where}: found no '='; write KEY=VALUE, such as optim.lr=0.01")
+        missing = "key" if equals else "'='"
+        problems.append(f"{where}: found no {missing}; write KEY=VALUE, such as optim.lr=0.01")
         return
     *sections, last = name.strip().split(".")
+    value = _parse(text, where, name.strip() + ".", problems, numbered=False)
+    if value is None:
+        return
     for section in sections:
-        if not isinstance(tree.get(section), dict):
-            tree[section] = {}
+        if not isinstance(tree.get(section), Section):
+            tree[section] = Section(where)
         tree = tree[section]
-    value = _parse(text, where, problems, numbered=False)
-    if isinstance(value, dict) and isinstance(tree.get(last), dict):
+    if isinstance(value, Section) and isinstance(tree.get(last), Section):
         tree[last].update(value)
     else:
         tree[last] = value
+
+
+def _parse(text: str, source: str, prefix: str, problems: list[str], numbered: bool = True) -> Section | _Leaf | None:
+    """The tree of a YAML text, or None after adding to `problems`; `numbered` says whether line numbers help."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark and numbered else source
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problems.append(f"{where}: not valid YAML ({reason}); check quotes, brackets and indentation there")
+        return None
+    if node is None:
+        return _Leaf(None, source)
+
+    def place(at: yaml.Node) -> str:
+        return f"{source}:{at.start_mark.line + 1}" if numbered else source
+
+    def convert(node: yaml.Node, key: yaml.Node, prefix: str, levels: int) -> Section | _Leaf | None:
+        if not isinstance(node, yaml.MappingNode):
+            try:
+                return _Leaf(loader.construct_object(node, deep=True), place(key))
+            except (yaml.YAMLError, ValueError, AttributeError, RecursionError):
+                problems.append(f"{place(key)}: {prefix[:-1]}: not a plain value; write a text, number, list, or null")
+                return None
+        section = Section(place(key))
+        lines: dict[str, str] = {}
+        for key_node, value_node in node.value:
+            name = str(key_node.value)
+            if not isinstance(key_node, yaml.ScalarNode) or levels == 0:
+                problems.append(f"{place(key_node)}: {prefix[:-1]}: no config key; accepted: plain names, few levels")
+            elif name in lines:
+                problems.append(f"{place(key_node)}: {prefix}{name}: found twice (first at {lines[name]}); keep one")
+            else:
+                lines[name] = place(key_node)
+                value = convert(value_node, key_node, f"{prefix}{name}.", levels - 1)
+                if value is not None:
+                    section[name] = value
+        return section
+
+    return convert(node, node, prefix, MOST_LEVELS)
 
 
 # --- tree → dataclasses --------------------------------------------------------------------------------------------
@@ -141,7 +167,7 @@ class _Context(typing.NamedTuple):
     all_keys: list[str]
 
 
-def build(cls: type, tree: dict[str, Any], source: str, problems: list[str], parsed: dict[str, Any]) -> Any:
+def build(cls: type, tree: Section, source: str, problems: list[str], parsed: dict[str, Any]) -> Any:
     """An instance of the dataclass `cls`, or None after adding to `problems`.
 
     Args:
@@ -152,7 +178,7 @@ def build(cls: type, tree: dict[str, Any], source: str, problems: list[str], par
     return _build(cls, tree, "", _Context(source, problems, parsed, _all_keys(cls)))
 
 
-def _build(cls: type, tree: dict[str, Any], prefix: str, context: _Context) -> Any:
+def _build(cls: type, tree: Section, prefix: str, context: _Context) -> Any:
     source, problems, parsed, all_keys = context
     hints = typing.get_type_hints(cls, include_extras=True)
     known = {field.name: field for field in dataclasses.fields(cls)}
@@ -160,24 +186,24 @@ def _build(cls: type, tree: dict[str, Any], prefix: str, context: _Context) -> A
     for key in tree:
         if key not in known:
             suggestion = _nearest(key, prefix, known, all_keys)
-            problems.append(f"{_first_place(tree[key], source)}: {prefix}{key}: unknown key; {suggestion}")
+            problems.append(f"{tree[key].where}: {prefix}{key}: unknown key; {suggestion}")
     values: dict[str, Any] = {}
     for name, field in known.items():
         key, hint = prefix + name, hints[name]
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         section = dataclasses.is_dataclass(hint)
-        found = tree.get(name, {} if section else None)
-        if section and isinstance(found, dict):
+        found = tree.get(name, Section(source) if section else None)
+        if section and isinstance(found, Section):
             values[name] = _build(hint, found, f"{key}.", context)
         elif name in tree:
-            where, shown = _first_place(found, source), show(found.value) if isinstance(found, _Leaf) else "a section"
             try:
-                if section or not isinstance(found, _Leaf):
+                if section or isinstance(found, Section):
                     raise ValueError
                 values[name] = parsed[key] = _convert(hint, found.value)
             except ValueError:
-                number = _number_hint(found.value) if isinstance(found, _Leaf) else ""
-                problems.append(f"{where}: {key}: found {shown}; accepted: {_accepted(hint)}{number}")
+                shown = "a section" if isinstance(found, Section) else show(found.value)
+                spelling = "" if isinstance(found, Section) else _number_hint(hint, found.value)
+                problems.append(f"{found.where}: {key}: found {shown}; accepted: {_accepted(hint)}{spelling}")
         elif required:
             problems.append(f"{source}: {key}: missing; accepted: {_accepted(hint)}")
         else:
@@ -209,7 +235,7 @@ def _convert(hint: Any, value: Any) -> Any:
             raise ValueError
         return tuple(_convert(args[0], item) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
         raise ValueError
     return value
@@ -234,34 +260,40 @@ def _accepted(hint: Any) -> str:
 def show(value: Any) -> str:
     """A value as a message shows it: texts are called texts, so that `'1e-3'` and 0.001 look different."""
     if isinstance(value, str):
-        return f"the text '{value}'"
+        return f"the text '{json.dumps(value, ensure_ascii=False)[1:-1]}'"
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else str(value)
 
 
-def _number_hint(value: Any) -> str:
-    """PyYAML follows YAML 1.1, where `1e-3` is a text. Say so, with the spelling that every YAML reader takes."""
+def _number_hint(hint: Any, value: Any) -> str:
+    """YAML 1.1 takes `1e-3` for a text. Say so, with a spelling that every YAML reader takes for a number."""
     try:
         number = float(value) if isinstance(value, str) else math.nan
     except ValueError:
         return ""
-    if not math.isfinite(number):
-        return ""
-    spelled = repr(number)
-    if "e" in spelled and "." not in spelled:
-        spelled = spelled.replace("e", ".0e")
-    return f"; YAML reads {value} as a text, write {spelled}"
+    for candidate in (int(number), number) if math.isfinite(number) else ():
+        try:
+            if candidate == number and _convert(hint, candidate) == candidate:
+                spelled = repr(candidate)
+                if "e" in spelled and "." not in spelled:
+                    spelled = spelled.replace("e", ".0e")
+                return f"; YAML reads {value} as a text, write {spelled}"
+        except ValueError:
+            continue
+    return ""
 
 
 def _nearest(key: str, prefix: str, known: Mapping[str, Any], all_keys: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    if close:
-        return f"did you mean {prefix}{close[0]}?"
-    same_name = [name for name in all_keys if name.split(".")[-1] == key]
-    close = same_name or difflib.get_close_matches(prefix + key, all_keys, n=1)
-    if close:
-        return f"did you mean {close[0]}?"
+    """A known key for a wrong one: the same name elsewhere, a similar one here, a similar one elsewhere."""
+    leaves: dict[str, str] = {}
+    for name in all_keys:
+        leaves.setdefault(name.split(".")[-1], name)
+    here = {name: prefix + name for name in known}
+    for names in ({key: leaves[key]} if key in leaves else {}, here, leaves):
+        close = difflib.get_close_matches(key, names, n=1)
+        if close:
+            return f"did you mean {names[close[0]]}?"
     return "accepted here: " + ", ".join(known)
 
 
@@ -272,9 +304,3 @@ def _all_keys(cls: type, prefix: str = "") -> list[str]:
         hint = hints[field.name]
         keys += _all_keys(hint, f"{prefix}{field.name}.") if dataclasses.is_dataclass(hint) else [prefix + field.name]
     return keys
-
-
-def _first_place(tree: Any, source: str) -> str:
-    while isinstance(tree, dict) and tree:
-        tree = next(iter(tree.values()))
-    return tree.where if isinstance(tree, _Leaf) else source

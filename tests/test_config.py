@@ -407,7 +407,7 @@ def test_override_wins(load, overrides, key, value):
         ("optim.lr=", "optim.lr: found null"),
         ("optim=3", "optim: found 3"),
         ("optim.lr.x=3", "optim.lr: found a section"),
-        ("optim={lr: 1, lr: 2}", "lr: found twice"),
+        ("optim={lr: 1, lr: 2}", "optim.lr: found twice"),
         ("optim.lr=[1", "not valid YAML"),
         ("optim.lr=\x07", "not valid YAML"),
     ],
@@ -459,7 +459,7 @@ def test_number_beyond_all_bounds_is_an_input_error_too(problems, file, line):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.yaml: no such config file; give an existing YAML file"):
+    with pytest.raises(InputError, match=r"nowhere\.yaml: no such config file; give a YAML file"):
         load_config(tmp_path / "nowhere.yaml")
 
 

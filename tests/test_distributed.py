@@ -85,15 +85,18 @@ def test_one_process_starts_without_a_group(monkeypatch):
     "sum_over_ranks",
     [
         distributed.all_reduce_sum,
-        distributed.sum_in_rank_order,
         lambda tensor: distributed.all_reduce_sum_later(tensor)(),
     ],
-    ids=["all_reduce_sum", "sum_in_rank_order", "all_reduce_sum_later"],
+    ids=["all_reduce_sum", "all_reduce_sum_later"],
 )
 def test_a_sum_over_one_process_is_the_tensor_itself(sum_over_ranks):
     tensor = torch.tensor([1.5, -2.0])
     assert sum_over_ranks(tensor) is tensor
     assert tensor.tolist() == [1.5, -2.0]
+
+
+def test_stacking_one_process_adds_a_dimension():
+    assert distributed.stack_ranks(torch.tensor([1.5, -2.0])).tolist() == [[1.5, -2.0]]
 
 
 def test_gathering_from_one_process_gives_a_list_of_one():

@@ -118,13 +118,14 @@ def camvid(root: Path, split: str) -> PairDataset:
     images, masks = _files_by_stem(root / split), _files_by_stem(root / f"{split}annot")
     pairs = []
     for image, *mask in entries:
-        stem = Path(image).stem
-        mask_stem = Path(mask[0]).stem if mask else stem
+        stem = _stem(image)
+        mask_stem = _stem(mask[0]) if mask else stem
         missing = Path(f"{stem}.png")
         pairs.append((images.get(stem, root / split / missing), masks.get(mask_stem, root / f"{split}annot" / missing)))
     return _checked(pairs, CAMVID, ignored=(CAMVID_UNLABELLED,))
 
 
+SUFFIXES = (".jpeg", ".jpg", ".png")
 DATASETS = {"shapes": shapes, "camvid": camvid, "voc": voc}
 
 
@@ -152,7 +153,20 @@ def _read_list(folder: Path, split: str) -> list[list[str]]:
 def _files_by_stem(folder: Path) -> Mapping[str, Path]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; is data.root the right one, and the archive unpacked completely?")
-    return {Path(name).stem: folder / name for name in os.listdir(folder)}
+    # Where one image is there in two formats, the later suffix wins, whatever the file system's order.
+    names = sorted(
+        os.listdir(folder), key=lambda name: SUFFIXES.index(Path(name).suffix.lower()) if _is_image(name) else -1
+    )
+    return {_stem(name): folder / name for name in names if _is_image(name)}
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in SUFFIXES
+
+
+def _stem(name: str) -> str:
+    """The file name without its folder and image suffix; a dot elsewhere in the name is part of it."""
+    return Path(name).stem if _is_image(name) else Path(name).name
 
 
 def _checked(pairs: list[tuple[Path, Path]], classes: Classes, ignored: Iterable[int] = ()) -> PairDataset:

@@ -137,7 +137,7 @@ class Step(NamedTuple):
     valid_count: int
     """Valid pixels of the global batch, over all ranks."""
     stop: bool
-    """Whether any rank was asked to save and leave before it loaded this step."""
+    """Whether any rank was asked to save and leave by the time that this step was loaded, one step ahead of its use."""
     waited_s: float
     """Seconds this rank waited for its loader."""
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import colorsys
 import math
-import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,9 @@ def write_shapes(root: Path, train: int = 400, val: int = 100, seed: int = 0) ->
         if (lists / "val.txt").exists():
             return False
         raise InputError(f"{root}: exists, but is no shapes data set; give a new folder")
-    work = root.with_name(f".{root.name}.{os.getpid()}.tmp")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))
+    work.chmod(0o755)
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (work / folder).mkdir(parents=True)
     palette = np.array(voc_palette(256), np.uint8).ravel().tolist()
@@ -161,6 +163,8 @@ def main(argv: list[str], world: World) -> int:
     parser.add_argument("--val", type=int, default=100, help="validation images (100)")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives another data set (0)")
     args = parser.parse_args(argv)
+    if min(args.train, args.val) < 1:
+        parser.error(f"found --train {args.train} --val {args.val}; accepted: one image or more of each")
     written = write_shapes(args.root, args.train, args.val, args.seed)
     print(f"{args.root}: written, {args.train} + {args.val} images" if written else f"{args.root}: is there already")
     return 0
