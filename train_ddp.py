@@ -144,7 +144,7 @@ def describe(run: Run, console: tracking.Console) -> None:
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     on = f"{world.size} x {device} ({world.launcher})"
     sizes = ", ".join(f"{name} {len(split)}" for name, split in run.splits.items())
-    classes = len(run.splits[config.data.train].classes)
+    classes = len(run.train_split.classes)
     batch = f"global batch {config.train.batch_size} = {world.size} processes x {share} images"
     console.line(f"{config.model.name}, {parameters:,} parameters, {config.train.precision}, on {on}")
     console.line(f"{config.data.name} from {config.data.root}: {sizes} images, {classes} classes")

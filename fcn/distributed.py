@@ -80,7 +80,8 @@ def start(timeout_s: float = 1800) -> World:
     gloo_only = os.environ.get("FCN_BACKEND") == "gloo"
     gpus = torch.cuda.device_count()
     if gpus:
-        if local_rank >= gpus and not gloo_only:
+        one_gpu_a_task = launcher == "slurm" and gpus == 1  # srun --gpus-per-task=1 hides the other tasks' GPUs
+        if local_rank >= gpus and not gloo_only and not one_gpu_a_task:
             if local_rank == gpus:
                 raise InputError(
                     f"found more processes here than the {gpus} GPUs; start torchrun with --nproc_per_node={gpus}"

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +164,8 @@ class Run:
         self.config, self.world, self.model, self.optimizer, self.splits = config, world, model, optimizer, splits
         self.numerics = Numerics(config.train.precision, config.train.channels_last, world.device)
         self.scaler = self.numerics.scaler()
-        self.steps = total_steps(config.train, len(splits[config.data.train]))
+        self.train_split = splits[config.data.train]
+        self.steps = total_steps(config.train, len(self.train_split))
         self.folder = Path(config.run_dir)
         self.checkpoints = self.folder / "checkpoints"
         self.step = 0
@@ -174,6 +175,7 @@ class Run:
         self.tracker_id = tracker_id
 
     def state(self) -> dict[str, Any]:
+        """Everything that shapes the rest of the run, as plain data."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -183,7 +185,8 @@ class Run:
             "last_eval": self.last_eval,
             "tracker_id": self.tracker_id,
             "config": to_dict(self.config),
-            "classes": list(self.splits[self.config.data.train].classes.names),
+            "classes": list(self.train_split.classes.names),
+            "train_images": len(self.train_split),
             "world_size": self.world.size,
             "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__), "numpy": np.__version__},
         }
@@ -195,6 +198,8 @@ class Run:
             InputError: the checkpoint belongs to another run, or has no training state.
         """
         fatal, harmless = config_changes(state["config"], to_dict(self.config))
+        if state["train_images"] != len(self.train_split):
+            fatal.append(f"images of the training split: {state['train_images']} → {len(self.train_split)}")
         if fatal:
             raise InputError(
                 f"{source}: this checkpoint belongs to another run: {'; '.join(fatal)}; "
@@ -217,6 +222,7 @@ class Run:
             checkpoint.prune(self.checkpoints, self.config.checkpoint.keep)
 
     def save_best(self) -> None:
+        """best.pt: the weights and what they are, without what only resuming needs."""
         if self.world.rank == 0:
             state = {key: value for key, value in self.state().items() if key not in ("optimizer", "scaler")}
             checkpoint.save_checkpoint(self.checkpoints / "best.pt", state)
@@ -257,9 +263,8 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
     parallel = distributed.data_parallel(network, world, train.sync_bn)
     parallel.train()
     step_args = {"micro_batch": train.micro_batch, "grad_clip": train.grad_clip, "world_size": world.size}
-    dataset = run.splits[config.data.train]
     pace = Pace(train.batch_size, run.step, run.steps)
-    for data in _training_data(run, dataset, stop):
+    for data in _training_data(run, stop):
         if data.stop and run.step < run.steps:
             run.save()
             return _summary(run, "preempted")
@@ -279,7 +284,7 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
             if not math.isfinite(value):
                 raise InputError(_diverged(run, value))
         if log_due:
-            epoch = run.step * train.batch_size / len(dataset)
+            epoch = run.step * train.batch_size / len(run.train_split)
             record = {"event": "train", "step": run.step, "steps": run.steps, "epoch": epoch, "loss": value, "lr": lr}
             trackers.log(record | {"grad_norm": float(grad_norm), **pace.read()})
         if eval_due:
@@ -294,8 +299,8 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
     return _finish(run, network, console, trackers)
 
 
-def _training_data(run: Run, dataset: PairDataset, stop: StopFlag):
-    config, world = run.config, run.world
+def _training_data(run: Run, stop: StopFlag) -> Iterator[Step]:
+    config, world, dataset = run.config, run.world, run.train_split
     transform = TrainTransform(config.data.crop, config.data.scale, config.data.hflip)
     sampler = GlobalBatchSampler(
         dataset,
@@ -315,7 +320,8 @@ def _finish(run: Run, model: nn.Module, console: Console, trackers: Trackers) ->
     final = run.last_eval
     if run.config.data.test:
         final = run.score(model, run.config.data.test, trackers)
-    assert final is not None, "the last step is always evaluated"
+    elif final is None or final["step"] != run.step:  # a resumed run whose train.steps was lowered
+        final = run.score(model, run.config.data.val, trackers)
     if run.world.rank == 0:
         folder = run.folder / "pictures"
         folder.mkdir(exist_ok=True)
