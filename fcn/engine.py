@@ -100,10 +100,22 @@ def train_step(
     return loss, grad_norm
 
 
+def infer(model: nn.Module, images: torch.Tensor, numerics: Numerics) -> torch.Tensor:
+    """images (N, H, W, 3) uint8 on the device → logits (N, C, H, W).
+
+    On the CPU the images go through one at a time: kernels there choose their algorithm, and so the last bits, by the
+    size of the batch, and a batch is no faster than its images. So no score depends on `eval.batch_size`.
+    """
+    inputs = to_input(images, None, numerics.input_dtype, numerics.channels_last)
+    with numerics.autocast():
+        if inputs.device.type != "cpu":
+            return model(inputs)
+        return torch.cat([model(one) for one in inputs.split(1)])
+
+
 def predict(model: nn.Module, images: torch.Tensor, size: tuple[int, int], numerics: Numerics) -> torch.Tensor:
     """images (N, H, W, 3) uint8 on the device → classes (N, *size) int64; logits are resized before the argmax."""
-    with numerics.autocast():
-        logits = model(to_input(images, None, numerics.input_dtype, numerics.channels_last))
+    logits = infer(model, images, numerics)
     if logits.shape[-2:] != size:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits = nn.functional.interpolate(wide, size=size, mode="bilinear", align_corners=False)
