@@ -260,6 +260,8 @@ from pathlib import Path
 import torch
 from fcn.checkpoint import checkpoint_path, list_checkpoints, prune, save_checkpoint
 
+torch.set_num_threads(1)  # a pool of threads does not survive a fork
+
 def save(path, step):
     save_checkpoint(path, {"step": step, "model": {"w": torch.full((1 << 17,), step)}})
 
