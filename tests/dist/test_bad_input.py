@@ -60,7 +60,7 @@ def spoil_jpeg(root: Path, name: str) -> None:
 
 FAULTS = {
     "unknown key": (edit("lr: ", "lrr: "), ["optim.lrr: unknown key; did you mean optim.lr?"]),
-    "duplicate key": (edit("seed: 0", "seed: 0\nseed: 1"), ["seed: found twice", "keep one of them"]),
+    "duplicate key": (edit("seed: 0", "seed: 0\nseed: 1"), ["seed: found twice", "keep one"]),
     "1e-3": (edit("lr: 0.02", "lr: 1e-3"), ["optim.lr: found the text '1e-3'", "a number above 0", "write 0.001"]),
     "batch not divisible": (edit("batch_size: 12", "batch_size: 13"), ["found 13", "2 processes", "12 or 14"]),
     "missing folder": (edit("root: ", "root: /no/such/place"), ["data.root: /no/such/place", "no such folder"]),
