@@ -8,6 +8,7 @@ Exit status: 0 finished, 2 the input is at fault, 75 preempted after saving.
 
 from __future__ import annotations
 
+import os
 import sys
 import uuid
 from pathlib import Path
@@ -37,7 +38,7 @@ def main(argv: list[str], world: World) -> int:
     run = build_run(config, world, splits)
     console = distributed.together(lambda: open_console(run))
     start_or_resume(run, console)
-    if is_finished(run):
+    if distributed.gather(is_finished(run))[0]:
         console.line(
             f"{run.folder}: this run is finished ({run.steps} steps); its scores are in {run.folder / 'summary.json'}"
         )
@@ -66,12 +67,14 @@ def open_splits(config: Config) -> dict[str, PairDataset]:
 
 def build_run(config: Config, world: World, splits: dict[str, PairDataset]) -> Run:
     """Every rank builds the same weights from the seed."""
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS has no deterministic kernels
     torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
     torch.backends.cudnn.benchmark = config.data.crop is not None and not config.train.deterministic
     torch.manual_seed(seeding.derive(config.seed, "weights"))
     model = build_model(config.model.name, len(splits[config.data.train].classes), **config.model.options())
     if config.train.sync_bn:
-        model = convert_sync_batchnorm(model, world.device)
+        model = convert_sync_batchnorm(model)
     model = Numerics(config.train.precision, config.train.channels_last, world.device).place(model)
     return Run(config, world, model, build_optimizer(model, config.optim), splits, tracker_id=uuid.uuid4().hex[:8])
 
@@ -93,19 +96,22 @@ def start_or_resume(run: Run, console: tracking.Console) -> None:
     """Rank 0 picks the checkpoint, every rank loads it."""
 
     def set_aside(path: Path, problem: str) -> None:
-        console.line(f"warning: {path}: broken checkpoint ({problem}), renamed to {checkpoint.set_aside(path).name}")
+        name = checkpoint.set_aside(path).name if problem.endswith(checkpoint.ALTERED) else path.name
+        console.line(f"warning: {path}: broken checkpoint ({problem}), left as {name}; trying the one before it")
 
     def pick() -> str | None:
         if run.world.rank != 0:
             return None
+        if run.config.resume == "never":
+            if (run.folder / "config.yaml").exists():
+                raise InputError(
+                    f"{run.folder}: resume=never, but a run is there; choose another run_dir or delete this one"
+                )
+            return None
         newest = checkpoint.find_newest(run.checkpoints, set_aside)
-        if run.config.resume == "never" and newest:
-            raise InputError(
-                f"{run.folder}: resume=never, but {newest} is there; choose another run_dir or delete this one"
-            )
-        if newest or run.config.resume in ("auto", "never"):
-            return str(newest) if newest else None
-        return run.config.resume
+        if newest is None and run.config.resume != "auto":
+            return run.config.resume
+        return str(newest) if newest else None
 
     path = distributed.gather(distributed.together(pick))[0]
     if path:
@@ -118,6 +124,7 @@ def start_or_resume(run: Run, console: tracking.Console) -> None:
 
 
 def is_finished(run: Run) -> bool:
+    """Whether there is nothing left to do."""
     return run.step >= run.steps and tracking.read_summary(run.folder).get("status") == "finished"
 
 

@@ -41,6 +41,8 @@ def main(argv: list[str], world: World) -> int:
 
 def evaluate_command(path: str, split: str | None, output: str | None, overrides: list[str], world: World) -> int:
     """Build the checkpoint's network and data, score one split, print and perhaps write the result."""
+    if output and not Path(output).resolve().parent.is_dir():
+        raise InputError(f"--output {output}: no such folder; make it first")
     state = distributed.together(lambda: load_checkpoint(path))
     # Nothing is trained, so any number of processes fits the batch size of the training run.
     config = distributed.together(lambda: config_from_dict(state["config"], path, overrides))
@@ -54,7 +56,10 @@ def evaluate_command(path: str, split: str | None, output: str | None, overrides
         )
     numerics = Numerics(config.train.precision, config.train.channels_last, world.device)
     model = numerics.place(build_model(config.model.name, len(dataset.classes), **config.model.options()))
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError:
+        raise InputError(f"{path}: holds another network than model.* describes; leave those keys as trained") from None
     matrix, images = evaluate(model, dataset, config, world, numerics)
     if world.rank == 0:
         record = {"split": split, "step": state["step"], **matrix.scores(dataset.classes.names), "images": images}

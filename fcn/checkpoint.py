@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +16,7 @@ import torch
 from fcn.errors import InputError
 
 FORMAT = 1
+ALTERED = "truncated or altered"
 _NAME = re.compile(r"step_(\d{8,})\.pt")
 
 
@@ -56,7 +58,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        newest = find_newest(path / "checkpoints")
+        newest = find_newest(path / "checkpoints", lambda broken, why: warnings.warn(f"{broken}: {why}", stacklevel=2))
         if newest is None:
             raise InputError(
                 f"{path}: found no checkpoint that verifies in its checkpoints/; give a run directory or a .pt file"
@@ -91,7 +93,7 @@ def verify(path: Path) -> str | None:
             found = _sha256(file)
     except (OSError, UnicodeDecodeError) as error:
         return f"cannot be read ({error})"
-    return None if [found] in expected else f"its SHA-256 is not the one in {digest.name}: truncated or altered"
+    return None if [found] in expected else f"its SHA-256 is not the one in {digest.name}: {ALTERED}"
 
 
 def find_newest(folder: Path, on_broken: Callable[[Path, str], None] = lambda path, problem: None) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -37,6 +38,7 @@ def run(main: Callable[[list[str], World], int], argv: list[str] | None = None) 
 
     An InputError is printed once, by rank 0, without a traceback, and is the cause that torchrun's own report shows.
     """
+    multiprocessing.set_forkserver_preload(["fcn.engine"])  # data-loader workers then start in milliseconds
     world = None
     try:
         world = distributed.start()
@@ -45,7 +47,11 @@ def run(main: Callable[[list[str], World], int], argv: list[str] | None = None) 
         if world is None or world.rank == 0:
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
         distributed.report_failure(str(error))
-        distributed.barrier()  # torchrun ends all ranks as soon as one exits: not before the message is out
         status = BAD_INPUT
+    finally:
+        for worker in multiprocessing.active_children():  # of a run that ended early; they ignore a polite request
+            worker.kill()
+    # torchrun ends all ranks as soon as one exits with an error: not before rank 0 has said and saved everything.
+    distributed.barrier()
     distributed.stop()
     return status

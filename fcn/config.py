@@ -111,7 +111,7 @@ class Train:
     grad_clip: Positive | None = None
     """Largest global norm of the gradient. null: no clipping."""
     log_every: Count = 10
-    """Steps between progress lines. Only these steps wait for the device."""
+    """Steps between progress lines. Beside evaluation and saving, only these steps wait for the device."""
 
 
 @dataclass(slots=True, kw_only=True)

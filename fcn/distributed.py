@@ -115,10 +115,6 @@ def is_active() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def uses_nccl(device: torch.device) -> bool:
-    return is_active() and device.type == "cuda" and "nccl" in str(dist.get_backend_config())
-
-
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over all ranks, in place; every rank must call it."""
     if is_active():
@@ -207,6 +203,13 @@ def data_parallel(model: nn.Module, world: World, sync_bn: bool) -> nn.Module:
     return DistributedDataParallel(
         model, device_ids=devices, gradient_as_bucket_view=True, **{sync_buffers: not sync_bn}
     )
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers (running statistics) of rank 0."""
+    if is_active():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def local_gradients(model: nn.Module) -> contextlib.AbstractContextManager:

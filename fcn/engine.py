@@ -221,10 +221,15 @@ class Run:
             raise InputError(f"{source}: holds weights only; resume from a step_*.pt file")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            for name, moment in moments.items():
+                if moment.shape == parameter.shape:  # in the parameter's memory format, which the run may have changed
+                    moments[name] = torch.empty_like(parameter).copy_(moment)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.best, self.last_eval = state["step"], state["best"], state["last_eval"]
-        self.tracker_id = state["tracker_id"]
+        if source.parent == self.checkpoints:  # a run that starts from another run's checkpoint is tracked by itself
+            self.tracker_id = state["tracker_id"]
         return harmless
 
     def save(self) -> None:
@@ -242,6 +247,8 @@ class Run:
     def score(self, model: nn.Module, split: str, trackers: Trackers) -> Record:
         """Evaluate and record a split, and draw panels of some of its images."""
         dataset = self.splits[split]
+        if not self.config.train.sync_bn:  # score the statistics that are saved, not each rank's own
+            distributed.broadcast_buffers(self.model)
         matrix, images = evaluate(model, dataset, self.config, self.world, self.numerics)
         scores = matrix.scores(dataset.classes.names)
         record = {"event": "eval", "step": self.step, "split": split, **scores, "images": images}
@@ -254,16 +261,19 @@ class Run:
     @torch.inference_mode()
     def _draw_panels(self, model: nn.Module, dataset: PairDataset, path: Path) -> None:
         rows = []
+        was_training = model.training
         model.eval()
         # Spread over the split: neighbours are often frames of one video.
         shown = min(self.config.eval.pictures, len(dataset))
-        for index in (i * len(dataset) // shown for i in range(shown)):
-            image, mask = dataset.read(index)
-            pixels = np.array(rescale(image, self.config.eval.scale))
-            batch = torch.from_numpy(pixels)[None].to(self.world.device)
-            classes = predict(model, batch, (mask.height, mask.width), self.numerics)[0]
-            rows.append((np.asarray(image), np.asarray(mask), classes.cpu().numpy(), dataset.name(index)))
-        model.train()
+        try:
+            for index in (i * len(dataset) // shown for i in range(shown)):
+                image, mask = dataset.read(index)
+                pixels = np.array(rescale(image, self.config.eval.scale))
+                batch = torch.from_numpy(pixels)[None].to(self.world.device)
+                classes = predict(model, batch, (mask.height, mask.width), self.numerics)[0]
+                rows.append((np.asarray(image), np.asarray(mask), classes.cpu().numpy(), dataset.name(index)))
+        finally:  # rank 0 alone in evaluation mode would leave the other ranks waiting for its statistics
+            model.train(was_training)
         path.parent.mkdir(parents=True, exist_ok=True)
         pictures.panels(rows, dataset.classes).save(path)
 
@@ -275,9 +285,12 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
     parallel = distributed.data_parallel(network, world, train.sync_bn)
     parallel.train()
     step_args = {"micro_batch": train.micro_batch, "grad_clip": train.grad_clip, "world_size": world.size}
+    loss = grad_norm = None
     pace = Pace(train.batch_size, run.step, run.steps)
     for data in _training_data(run, stop):
-        if data.stop and run.step < run.steps:
+        if data.stop:
+            if loss is not None:
+                _finite_loss(run, loss, grad_norm)
             run.save()
             return _summary(run, "preempted")
         lr = learning_rate(run.step, run.steps, config.optim)
@@ -292,9 +305,7 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
             last or run.step % every == 0 for every in (train.log_every, config.eval.every, config.checkpoint.every)
         )
         if log_due or save_due:
-            value = float(distributed.all_reduce_sum(loss))
-            if not math.isfinite(value):
-                raise InputError(_diverged(run, value))
+            value = _finite_loss(run, loss, grad_norm)
         if log_due:
             epoch = run.step * train.batch_size / len(run.train_split)
             record = {"event": "train", "step": run.step, "steps": run.steps, "epoch": epoch, "loss": value, "lr": lr}
@@ -359,11 +370,20 @@ def _summary(run: Run, status: str, final: Record | None = None) -> Record:
     return summary
 
 
-def _diverged(run: Run, value: float) -> str:
+def _finite_loss(run: Run, loss: torch.Tensor, grad_norm: torch.Tensor) -> float:
+    """The global loss of the last step. Called before every save, so that no checkpoint holds weights that are NaN.
+
+    Raises:
+        InputError: on every rank, if the loss is not finite, or the gradient where no scaler skips such a step.
+    """
+    value, norm = float(distributed.all_reduce_sum(loss.clone())), float(grad_norm)
+    if math.isfinite(value) and (math.isfinite(norm) or run.scaler.is_enabled()):
+        return value
     good = checkpoint.list_checkpoints(run.checkpoints)
     where = f"the last checkpoint before is {good[-1]}" if good else "there is no checkpoint yet"
-    return (
-        f"step {run.step}: the loss is {value}; lower optim.lr, lengthen optim.warmup or set train.grad_clip; {where}"
+    raise InputError(
+        f"step {run.step}: the loss is {value} and the gradient's norm {norm}; "
+        f"lower optim.lr, lengthen optim.warmup or set train.grad_clip; {where}"
     )
 
 

@@ -35,9 +35,9 @@ class Console:
     """
 
     def __init__(self, stream: TextIO | None = None, log_file: Path | None = None) -> None:
-        self.stream = sys.stdout if stream is None else stream
+        self.stream: TextIO | None = sys.stdout if stream is None else stream
         self.file = log_file.open("a", encoding="utf-8") if log_file else None
-        self.live = self.stream.isatty()
+        self.live = bool(self.stream and self.stream.isatty())
         self._width = 0
 
     @classmethod
@@ -53,17 +53,24 @@ class Console:
         self._write(text, end="" if self.live else "\n")
 
     def _write(self, text: str, end: str) -> None:
+        """A full disk or a closed pipe silences that output, and nothing else."""
         stamped = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
-        if self.file:
-            print(stamped, file=self.file, flush=True)
-        if self.live:
-            # A progress line that wraps could not be rewritten.
-            shown = text if end else text[: os.get_terminal_size(self.stream.fileno()).columns - 1]
-            padding = " " * (self._width - len(shown))
-            self._width = 0 if end else len(shown)
-            print(f"\r{shown}{padding}", end=end, file=self.stream, flush=True)
-        else:
-            print(stamped, file=self.stream, flush=True)
+        try:
+            if self.file:
+                print(stamped, file=self.file, flush=True)
+        except OSError:
+            self.file = None
+        try:
+            if self.live:
+                # A progress line that wraps could not be rewritten.
+                shown = text if end else text[: os.get_terminal_size(self.stream.fileno()).columns - 1]
+                padding = " " * (self._width - len(shown))
+                self._width = 0 if end else len(shown)
+                print(f"\r{shown}{padding}", end=end, file=self.stream, flush=True)
+            elif self.stream:
+                print(stamped, file=self.stream, flush=True)
+        except OSError:
+            self.live, self.stream = False, None
 
     def log(self, record: Record) -> None:
         if record["event"] == "train":
@@ -187,7 +194,7 @@ def read_summary(folder: Path) -> Record:
     """summary.json of a run directory; empty if there is none yet."""
     try:
         return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, json.JSONDecodeError):
         return {}
 
 

@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ORDER = (
-    "errors", "schema", "config", "distributed", "cli", "seeding",
+    "errors", "schema", "config", "distributed", "cli", "preempt", "seeding",
     "data", "data.labels", "data.datasets", "data.transforms", "data.samplers", "data.loaders",
     "models.layers", "models.linknet", "models.unet", "models",
-    "losses", "metrics", "optim", "checkpoint", "preempt", "tracking", "pictures", "engine",
+    "losses", "metrics", "optim", "checkpoint", "tracking", "pictures", "engine",
     "data.shapes", "__main__",
 )  # fmt: skip
 """A module imports only from modules before it. `data.shapes` writes a data set and is a command like `__main__`."""

@@ -75,7 +75,6 @@ def test_one_process_starts_without_a_group(monkeypatch):
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     assert distributed.start() == World(rank=0, size=1, local_rank=0, device=device, launcher="python")
     assert not distributed.is_active()
-    assert not distributed.uses_nccl(device)
     assert not torch.distributed.is_initialized()
     distributed.barrier()
     distributed.stop()

@@ -60,7 +60,7 @@ def test_training_lowers_the_loss_without_a_host_sync(precision: str, channels_l
 def shared_gpu_rank(world: World) -> list:
     images, grads = union()
     half = slice(world.rank * 2, world.rank * 2 + 2)
-    model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3)).double().cuda(), world.device)
+    model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3)).double().cuda())
     inputs = images[half].cuda().requires_grad_()
     output = model(inputs)
     output.backward(grads[half].cuda())

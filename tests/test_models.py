@@ -133,13 +133,13 @@ def test_forward_and_backward_pass_under_bf16_autocast(name, options):
 def test_converting_to_sync_batchnorm_keeps_the_state_dict(name, options):
     model = build_model(name, 3, **options)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    after = convert_sync_batchnorm(model, torch.device("cpu")).state_dict()
+    after = convert_sync_batchnorm(model).state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
 def test_every_batchnorm_is_converted():
-    converted = convert_sync_batchnorm(build_model("linknet", 3), torch.device("cpu"))
+    converted = convert_sync_batchnorm(build_model("linknet", 3))
     kinds = [type(module) for module in converted.modules() if isinstance(module, nn.BatchNorm2d)]
     # ResNet-18: 1 + 4·4 + 3 shortcuts; decoders: 4·3; head: 2
     assert kinds == [SyncBatchNorm2d] * (1 + 16 + 3 + 12 + 2)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing.context
+import multiprocessing.forkserver
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +20,7 @@ from fcn.data.labels import IGNORE_INDEX
 from fcn.data.samplers import Draw, EvalSampler, GlobalBatchSampler, Share
 from fcn.data.transforms import TrainTransform, rescale
 from fcn.errors import InputError
+from fcn.preempt import SIGNALS
 
 
 class Batch(NamedTuple):
@@ -121,12 +125,30 @@ def _loader(dataset: Dataset, sampler: Iterable, workers: int, device: torch.dev
         sampler=sampler,
         num_workers=workers,
         pin_memory=device.type == "cuda",
+        multiprocessing_context=_worker_context() if workers else None,
         worker_init_fn=_start_worker,
     )
 
 
+@functools.cache
+def _worker_context() -> multiprocessing.context.BaseContext:
+    """Workers come from a fork server, which has one thread.
+
+    The training process has several (gloo's, the loaders'), and a fork beside threads can inherit a lock that nobody
+    will ever release: seen as an evaluation that waited for ever for its first batch. Signals that a launcher sends to
+    the whole process group are ignored by the server from birth: what to do is the training process's decision.
+    """
+    context = multiprocessing.get_context("forkserver")
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+    multiprocessing.forkserver.ensure_running()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return context
+
+
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the training process decides
+    for number in SIGNALS:  # PyTorch and the fork server have set their own
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Step(NamedTuple):

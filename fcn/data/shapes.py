@@ -65,9 +65,11 @@ def write_shapes(root: Path, train: int = 400, val: int = 100, seed: int = 0) ->
         (work / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(names) + "\n")
     try:
         work.rename(root)
-    except OSError:  # another process was faster
+    except OSError:
         shutil.rmtree(work)
-        return False
+        if (lists / "val.txt").exists():  # another process was faster
+            return False
+        raise
     return True
 
 

@@ -85,10 +85,11 @@ class _SyncBatchNorm(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, None
 
 
-def convert_sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Replace every BatchNorm2d by one over all processes; the state_dict keys stay the same."""
-    if distributed.uses_nccl(device):
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
+    """Make every BatchNorm2d one over all processes, in place; the state_dict keys stay the same.
+
+    On GPUs, too: `nn.SyncBatchNorm` waits for the device in every layer and step.
+    """
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d

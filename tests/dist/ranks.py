@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, devices
     """
     context = mp.get_context("forkserver")  # imports PyTorch once, and forks before any thread is started
     context.set_forkserver_preload(["fcn.engine"])
-    queue = context.SimpleQueue()
+    queue = context.Queue()
     port = _free_port()
     ranks = [
         context.Process(target=_rank_main, args=(rank, world_size, port, queue, devices, function, args))
@@ -37,7 +38,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, devices
     ]
     for process in ranks:
         process.start()
-    results = dict(queue.get() for _ in ranks)
+    results = dict(queue.get(timeout=TIMEOUT_S) for _ in ranks)
     for process in ranks:
         process.join(TIMEOUT_S)
     failed = [result for result in results.values() if isinstance(result, _Failure)]
@@ -145,9 +146,12 @@ class Launched(subprocess.Popen):
 def started(processes: int, *arguments: str, stderr: int = subprocess.STDOUT) -> Iterator[Launched]:
     """Start a command; nothing of it is left afterwards."""
     process = Launched(processes, *arguments, stderr=stderr)
+    watchdog = threading.Timer(TIMEOUT_S, process.kill_all)  # a hang must fail its test, not stop the others
+    watchdog.start()
     try:
         yield process
     finally:
+        watchdog.cancel()
         process.kill_all()
         process.communicate()
 

@@ -120,13 +120,25 @@ def test_resume_on_another_number_of_processes_continues_the_run(tiny, tmp_path:
     assert largest_difference(load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "moved")) <= 1e-9
 
 
-def test_a_signal_to_one_rank_saves_and_the_run_ends_with_the_same_bytes(tiny, tmp_path: Path) -> None:
+SIGNALS = {
+    "USR1 to one rank": lambda process: os.kill(process.rank(1), signal.SIGUSR1),
+    "TERM to torchrun": lambda process: process.terminate(),
+    "TERM to every process of the ranks": lambda process: [
+        os.kill(pid, signal.SIGTERM) for pid in process.family() if pid != process.pid
+    ],
+}
+
+
+@pytest.mark.parametrize("target", SIGNALS.values(), ids=SIGNALS)
+def test_a_signal_saves_and_the_run_ends_with_the_same_bytes(tiny, tmp_path: Path, target) -> None:
     whole, stopped = (tiny(run_dir=str(tmp_path / name), train__steps=60) for name in ("whole", "stopped"))
     train(2, whole)
     with started(2, "train_ddp.py", "--config", stopped) as process:
         wait_for_line(process, "step 6/60")
-        os.kill(process.rank(1), signal.SIGUSR1)
+        target(process)
         wait_for_line(process, "stopped by a signal")
+        process.communicate(timeout=60)
+        assert not process.family(), "nobody is left"
     summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
     assert summary["status"] == "preempted"
     assert 6 <= summary["step"] < 60

@@ -53,7 +53,7 @@ def train_twice(model: nn.Sequential, images: torch.Tensor, grads: torch.Tensor)
 def one_rank(world: World, sizes: list[int], channels_last: bool) -> dict[str, list]:
     images, grads = make_union(sizes, channels_last)
     mine = slice(sum(sizes[: world.rank]), sum(sizes[: world.rank + 1]))
-    model = convert_sync_batchnorm(make_norm(), world.device)
+    model = convert_sync_batchnorm(make_norm())
     assert type(model[0]) is SyncBatchNorm2d
     return {key: value.tolist() for key, value in train_twice(model, images[mine], grads[mine]).items()}
 
