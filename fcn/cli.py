@@ -38,7 +38,7 @@ def run(main: Callable[[list[str], World], int], argv: list[str] | None = None) 
 
     An InputError is printed once, by rank 0, without a traceback, and is the cause that torchrun's own report shows.
     """
-    multiprocessing.set_forkserver_preload(["fcn.engine"])  # data-loader workers then start in milliseconds
+    multiprocessing.set_forkserver_preload(["fcn.engine", "fcn.models"])  # loader workers then start in milliseconds
     world = None
     try:
         world = distributed.start()
