@@ -209,6 +209,8 @@ class Run:
         Raises:
             InputError: the checkpoint belongs to another run, or has no training state.
         """
+        if "optimizer" not in state:
+            raise InputError(f"{source}: holds weights only; resume from a step_*.pt file")
         fatal, harmless = config_changes(state["config"], to_dict(self.config))
         if state["train_images"] != len(self.train_split):
             fatal.append(f"images of the training split: {state['train_images']} → {len(self.train_split)}")
@@ -217,8 +219,6 @@ class Run:
                 f"{source}: this checkpoint belongs to another run: {'; '.join(fatal)}; "
                 f"set these keys back to resume, or give the new run its own run_dir"
             )
-        if "optimizer" not in state:
-            raise InputError(f"{source}: holds weights only; resume from a step_*.pt file")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in self.optimizer.state.items():
