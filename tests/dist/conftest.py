@@ -15,7 +15,7 @@ def tiny(shapes_root: Path, tmp_path: Path):
     def write(**changes) -> str:
         config = yaml.safe_load((CHECKOUT / "configs" / "quickstart.yaml").read_text())
         config["run_dir"] = str(tmp_path / "run")
-        config["data"] |= {"root": str(shapes_root), "crop": [48, 48], "workers": 1}
+        config["data"] |= {"root": str(shapes_root), "crop": [48, 48], "workers": 0}
         config["model"]["width"] = 2
         config["train"] |= {"batch_size": 12, "steps": 10, "precision": "fp64", "log_every": 1}
         config["optim"] |= {"name": "sgd", "lr": 0.02, "warmup": 2}

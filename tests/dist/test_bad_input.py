@@ -77,7 +77,7 @@ def test_one_line_and_every_rank_gone(tiny, shapes_root: Path, tmp_path: Path, f
     change, expected = FAULTS[fault]
     root = tmp_path / "data"
     shutil.copytree(shapes_root, root)
-    config = Path(tiny(data__root=str(root)))
+    config = Path(tiny(data__root=str(root), data__workers=1))
     change(config, root)
     with started(2, "train_ddp.py", "--config", str(config), stderr=subprocess.PIPE) as process:
         complaint = next(line for line in process.stderr if line.startswith("error: "))

@@ -97,7 +97,7 @@ def test_whole_images_of_mixed_size_give_the_same_numbers(tiny, tmp_path: Path) 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_killed_in_the_middle_of_an_epoch_ends_with_the_same_bytes(tiny, tmp_path: Path, precision: str) -> None:
     # 24 images and a batch of 8: an epoch has three steps, and a checkpoint is due every 4.
-    changes = {"train__precision": precision, "train__steps": 40, "train__batch_size": 8, "eval__every": 20}
+    changes = {"train__precision": precision, "train__steps": 40, "train__batch_size": 8, "eval__every": 20, "data__workers": 1}
     whole, killed = (tiny(run_dir=str(tmp_path / name), **changes) for name in ("whole", "killed"))
     train(2, whole)
     with started(2, "train_ddp.py", "--config", killed) as process:
@@ -131,7 +131,8 @@ SIGNALS = {
 
 @pytest.mark.parametrize("target", SIGNALS.values(), ids=SIGNALS)
 def test_a_signal_saves_and_the_run_ends_with_the_same_bytes(tiny, tmp_path: Path, target) -> None:
-    whole, stopped = (tiny(run_dir=str(tmp_path / name), train__steps=60, eval__every=40) for name in ("whole", "stopped"))
+    changes = {"train__steps": 60, "eval__every": 40, "data__workers": 1}
+    whole, stopped = (tiny(run_dir=str(tmp_path / name), **changes) for name in ("whole", "stopped"))
     train(2, whole)
     with started(2, "train_ddp.py", "--config", stopped) as process:
         wait_for_line(process, "step 6/60")
