@@ -304,7 +304,7 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
         log_due, eval_due, save_due = (
             last or run.step % every == 0 for every in (train.log_every, config.eval.every, config.checkpoint.every)
         )
-        if log_due or save_due:
+        if log_due or eval_due or save_due:
             value = _finite_loss(run, loss, grad_norm)
         if log_due:
             epoch = run.step * train.batch_size / len(run.train_split)
