@@ -21,10 +21,12 @@ from fcn.data.datasets import PairDataset, build_dataset
 from fcn.distributed import World
 from fcn.engine import Numerics, Run, fit
 from fcn.errors import InputError
-from fcn.models import build_model
-from fcn.models.layers import convert_sync_batchnorm
+from fcn.models import MODELS, build_model
+from fcn.models.custom import examine
+from fcn.models.layers import convert_dropout, convert_sync_batchnorm
 from fcn.optim import build_optimizer
 from fcn.preempt import StopFlag
+from fcn.pretrained import load_pretrained
 
 
 def main(argv: list[str], world: World) -> int:
@@ -35,7 +37,7 @@ def main(argv: list[str], world: World) -> int:
     config = distributed.together(lambda: load_config(args.config, args.overrides, world.size))
     stop = StopFlag().listen()
     splits = distributed.together(lambda: open_splits(config))
-    run = build_run(config, world, splits)
+    run, notes = build_run(config, world, splits)
     console = distributed.together(lambda: open_console(run))
     start_or_resume(run, console)
     if distributed.gather(is_finished(run))[0]:
@@ -45,6 +47,8 @@ def main(argv: list[str], world: World) -> int:
         return 0
     trackers = open_trackers(run, console)
     describe(run, console)
+    for note in notes:
+        console.line(f"note: {config.model.name}: {note}")
     summary = fit(run, console, trackers, stop)
     trackers.close(summary)
     if summary["status"] == "preempted":
@@ -65,18 +69,28 @@ def open_splits(config: Config) -> dict[str, PairDataset]:
     }
 
 
-def build_run(config: Config, world: World, splits: dict[str, PairDataset]) -> Run:
-    """Every rank builds the same weights from the seed."""
+def build_run(config: Config, world: World, splits: dict[str, PairDataset]) -> tuple[Run, list[str]]:
+    """Every rank builds the same weights from the seed; also returns what to know about a network of the user's own."""
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS has no deterministic kernels
     torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
     torch.backends.cudnn.benchmark = config.data.crop is not None and not config.train.deterministic
     torch.manual_seed(seeding.derive(config.seed, "weights"))
-    model = build_model(config.model.name, len(splits[config.data.train].classes), **config.model.options())
+    classes = len(splits[config.data.train].classes)
+    model = distributed.together(lambda: build_model(config.model.name, classes, **config.model.arguments()))
+    sample_keys = convert_dropout(model)
     if config.train.sync_bn:
         model = convert_sync_batchnorm(model)
-    model = Numerics(config.train.precision, config.train.channels_last, world.device).place(model)
-    return Run(config, world, model, build_optimizer(model, config.optim), splits, tracker_id=uuid.uuid4().hex[:8])
+    numerics = Numerics(config.train.precision, config.train.channels_last, world.device)
+    model = numerics.place(model)
+    notes = []
+    if config.model.name not in MODELS:
+        size = config.data.crop or (64, 64)
+        notes = distributed.together(
+            lambda: examine(model, sample_keys, classes, size, numerics.autocast(), sync_bn=config.train.sync_bn)
+        )
+    run = Run(config, world, model, build_optimizer(model, config.optim), splits, uuid.uuid4().hex[:8], sample_keys)
+    return run, notes
 
 
 def open_console(run: Run) -> tracking.Console:
@@ -93,7 +107,7 @@ def open_console(run: Run) -> tracking.Console:
 
 
 def start_or_resume(run: Run, console: tracking.Console) -> None:
-    """Rank 0 picks the checkpoint, every rank loads it."""
+    """Rank 0 picks the checkpoint, every rank loads it. Without one the run starts, from pretrained weights if any."""
 
     def set_aside(path: Path, problem: str) -> None:
         name = checkpoint.set_aside(path).name if problem.endswith(checkpoint.ALTERED) else path.name
@@ -119,8 +133,21 @@ def start_or_resume(run: Run, console: tracking.Console) -> None:
         console.line(f"resuming at step {run.step}/{run.steps} from {path}")
         for change in changes:
             console.line(f"changed since that checkpoint: {change}")
+    elif run.config.model.weights:
+        load_weights(run, console)
     if run.world.rank == 0:
         save_config(run.config, run.folder / "config.yaml")
+
+
+def load_weights(run: Run, console: tracking.Console) -> None:
+    """Rank 0 reads, and perhaps downloads, pretrained weights for all."""
+    name, weights, classes = run.config.model.name, run.config.model.weights, len(run.train_split.classes)
+    lines = distributed.together(
+        lambda: load_pretrained(run.model, name, weights, classes) if run.world.rank == 0 else []
+    )
+    distributed.copy_from_rank_0(run.model.state_dict().values())
+    for line in lines:
+        console.line(line)
 
 
 def is_finished(run: Run) -> bool:

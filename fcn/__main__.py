@@ -55,7 +55,7 @@ def evaluate_command(path: str, split: str | None, output: str | None, overrides
             f"{path}: was trained on the classes {', '.join(state['classes'])}; data.name={config.data.name} has others"
         )
     numerics = Numerics(config.train.precision, config.train.channels_last, world.device)
-    model = numerics.place(build_model(config.model.name, len(dataset.classes), **config.model.options()))
+    model = numerics.place(build_model(config.model.name, len(dataset.classes), **config.model.arguments()))
     try:
         model.load_state_dict(state["model"])
     except RuntimeError:

@@ -67,18 +67,29 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     problem = verify(path)
     if problem:
         raise InputError(f"{path}: {problem}; use another checkpoint")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise InputError(
-            f"{path}: refused, because loading it could run code; accepted: plain data, as fcn writes it"
-        ) from None
-    except Exception as error:  # whatever a foreign file makes the reader raise, the file is at fault
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: cannot be read ({reason}); use another checkpoint") from None
+    state = read_plain(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path}: not a checkpoint of this program (format {FORMAT}); give a file that fcn wrote")
     return state
+
+
+def read_plain(path: Path) -> Any:
+    """What torch.save wrote, on the CPU, if it is plain data.
+
+    Raises:
+        InputError: the file is missing, cannot be read, or holds more than plain data.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give one that torch.save wrote") from None
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{path}: refused, because loading it could run code; accepted: tensors and plain data only"
+        ) from None
+    except Exception as error:  # whatever a foreign file makes the reader raise, the file is at fault
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: cannot be read ({reason}); use another file") from None
 
 
 def verify(path: Path) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -64,28 +65,71 @@ class Data:
     """Data-loader processes per training process. 0 loads in the training process itself."""
 
 
+ImportPath = Annotated[
+    str, Accept("package.module:function of your own", lambda v: re.fullmatch(r"[^\W\d]\w*(\.\w+)*:[^\W\d]\w*", v))
+]
+
+
 @dataclass(slots=True, kw_only=True)
 class Model:
-    name: Literal["unet", "linknet"]
-    """Which network."""
-    weights: None = None
-    """Pretrained weights. Only null, training from scratch, so far."""
+    name: (
+        Literal[
+            "fcn32s", "fcn16s", "fcn8s", "fcn8_kitti", "fcn_resnet18", "fcn_resnet50", "fcn_resnet101",
+            "unet", "linknet",
+        ]
+        | ImportPath
+    )  # fmt: skip
+    """Which network. `package.module:function` is called with num_classes and `model.options`."""
+    weights: Text | None = None
+    """Pretrained weights: imagenet or coco (torchvision's, downloaded by one process), a file in torchvision's or this
+    program's format, or null for none. A run that resumes does not read them."""
     width: Count | None = None
-    """Channels of the first level (unet; null: 64, as in the paper)."""
+    """Channels of the first level (unet, FCNs on VGG16; null: 64, as in the papers)."""
     norm: Literal["batch", "none"] | None = None
     """Normalisation after each convolution (unet; null: batch; the paper has none)."""
+    layout: Literal["classic", "same"] | None = None
+    """Padding (fcn32s, fcn16s, fcn8s; null: classic): 100 around the image as in the reference code, or 3 around fc6,
+    which costs 0.6 times as much."""
+    dropout: Momentum | None = None
+    """Dropout rate after fc6 and fc7 (FCNs on VGG16; null: 0.5)."""
+    encoder: Literal["resnet18", "plain"] | None = None
+    """Encoder (linknet; null: resnet18)."""
+    aux: bool | None = None
+    """Auxiliary head in training (fcn_resnet50, fcn_resnet101; null: true); `loss.aux_weight` weighs its loss."""
+    options: dict | None = None
+    """Keyword arguments for a network of your own."""
 
-    def options(self) -> dict[str, Any]:
-        """The keys that `build_model` takes beside the name and the number of classes; unset ones are left out."""
-        return {
-            key: value
-            for key, value in dataclasses.asdict(self).items()
-            if key not in ("name", "weights") and value is not None
-        }
+    def arguments(self) -> dict[str, Any]:
+        """What `build_model` takes beside the name and the number of classes; unset keys are left out."""
+        own = {key: getattr(self, key) for key in MODEL_KEYS if getattr(self, key) is not None}
+        return own | (self.options or {})
 
 
-MODEL_OPTIONS = {"unet": ("width", "norm"), "linknet": ()}
+_VGG = ("dropout", "width")
+MODEL_OPTIONS = {
+    "fcn32s": ("layout", *_VGG), "fcn16s": ("layout", *_VGG), "fcn8s": ("layout", *_VGG), "fcn8_kitti": _VGG,
+    "fcn_resnet18": (), "fcn_resnet50": ("aux",), "fcn_resnet101": ("aux",),
+    "unet": ("width", "norm"), "linknet": ("encoder",),
+}  # fmt: skip
 """Which options each model takes; `fcn.models.build_model` has a parameter for each."""
+MODEL_KEYS = tuple(sorted({option for options in MODEL_OPTIONS.values() for option in options}))
+PRETRAINED = {
+    "imagenet": {
+        "fcn32s": "VGG16_Weights.IMAGENET1K_V1",
+        "fcn16s": "VGG16_Weights.IMAGENET1K_V1",
+        "fcn8s": "VGG16_Weights.IMAGENET1K_V1",
+        "fcn8_kitti": "VGG16_Weights.IMAGENET1K_V1",
+        "fcn_resnet18": "ResNet18_Weights.IMAGENET1K_V1",
+        "fcn_resnet50": "ResNet50_Weights.IMAGENET1K_V1",
+        "fcn_resnet101": "ResNet101_Weights.IMAGENET1K_V1",
+        "linknet": "ResNet18_Weights.IMAGENET1K_V1",
+    },
+    "coco": {
+        "fcn_resnet50": "FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1",
+        "fcn_resnet101": "FCN_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1",
+    },
+}
+"""torchvision's weights by the name of the set and of the model."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,6 +164,8 @@ class Loss:
     """Loss per pixel; a step's loss is its mean over all valid pixels of the global batch."""
     ignore_index: Byte = 255
     """Label value that enters neither loss nor score."""
+    aux_weight: NotNegative = 0.5
+    """Weight of the loss of an auxiliary head, where the network has one. The logged loss includes it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -313,8 +359,26 @@ def _cross_checks(parsed: Mapping[str, Any], source: str, world_size: int) -> li
             f"{source}: data.test: found '{parsed['data.test']}', as in data.val; accepted: another split, or null"
         )
     name = parsed.get("model.name")
-    for option in sorted({option for options in MODEL_OPTIONS.values() for option in options}):
-        if name and option not in MODEL_OPTIONS[name] and parsed.get(f"model.{option}") is not None:
+    return found + _model_checks(name, parsed, source) if name else found
+
+
+def _model_checks(name: str, parsed: Mapping[str, Any], source: str) -> list[str]:
+    """Options and weights that a network does not have."""
+    found: list[str] = []
+    own = MODEL_OPTIONS.get(name, ("options",))
+    for option in (*MODEL_KEYS, "options"):
+        if option not in own and parsed.get(f"model.{option}") is not None:
             owners = ", ".join(model for model, options in MODEL_OPTIONS.items() if option in options)
-            found.append(f"{source}: model.{option}: {name} has no such option; remove it (an option of {owners})")
+            where = f"an option of {owners}" if owners else "for a network of your own"
+            remedy = "; write it under model.options" if "options" in own else ""
+            found.append(f"{source}: model.{option}: {name} has no such option; remove it ({where}){remedy}")
+    weights = parsed.get("model.weights")
+    sets = [key for key, models in PRETRAINED.items() if name in models]
+    if name == "linknet" and parsed.get("model.encoder") == "plain":
+        sets = []
+    if weights in PRETRAINED and weights not in sets:
+        accepted = ", ".join([*sets, "a file", "null"])
+        found.append(
+            f"{source}: model.weights: found {weights}, which does not exist for this {name}; accepted: {accepted}"
+        )
     return found

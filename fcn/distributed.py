@@ -13,7 +13,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -205,11 +205,14 @@ def data_parallel(model: nn.Module, world: World, sync_bn: bool) -> nn.Module:
     )
 
 
-def broadcast_buffers(model: nn.Module) -> None:
-    """Give every rank the buffers (running statistics) of rank 0."""
+def copy_from_rank_0(tensors: Iterable[torch.Tensor]) -> None:
+    """Give every rank rank 0's values, in place."""
     if is_active():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+        with torch.no_grad():
+            for tensor in tensors:
+                dense = tensor.contiguous()  # messages have no memory format
+                dist.broadcast(dense, src=0)
+                tensor.copy_(dense)
 
 
 def local_gradients(model: nn.Module) -> contextlib.AbstractContextManager:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fcn import checkpoint, distributed, pictures
+from fcn import checkpoint, distributed, pictures, seeding
 from fcn.config import Config, config_changes, to_dict, total_steps
 from fcn.data.datasets import PairDataset
 from fcn.data.loaders import Batch, Step, TrainShares, device_steps, eval_loader, train_loader
@@ -27,9 +26,10 @@ from fcn.distributed import World
 from fcn.errors import InputError
 from fcn.losses import LOSSES
 from fcn.metrics import ConfusionMatrix
+from fcn.models.layers import SampleKeys
 from fcn.optim import learning_rate, set_learning_rate
 from fcn.preempt import StopFlag
-from fcn.tracking import Console, Record, Trackers, score_table, write_atomically
+from fcn.tracking import Console, Pace, Record, Trackers, score_table, write_atomically
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -71,11 +71,19 @@ def train_step(
     micro_batch: int | None,
     grad_clip: float | None,
     world_size: int,
+    aux_weight: float = 0.0,
+    sample_keys: SampleKeys | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward, backward and update on this rank's share; nothing here waits for the device.
 
     The gradient is that of the loss sum over all valid pixels of the global batch, divided by their count: each rank
     divides its sum by the global count, and multiplies by the world size because DistributedDataParallel averages.
+
+    Args:
+        loss_fn: (logits, labels) → sum over the valid pixels.
+        micro_batch: most images per forward.
+        aux_weight: weight of the loss of an auxiliary head, where the model returns {"out", "aux"}.
+        sample_keys: where the model's dropout finds the keys of the samples.
 
     Returns:
         (this rank's loss sum divided by the global count, norm of the global gradient before clipping), on the device.
@@ -84,13 +92,21 @@ def train_step(
     parts = max(1, math.ceil(len(batch.images) / (micro_batch or len(batch.images))))
     optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), dtype=numerics.input_dtype, device=batch.images.device)
-    for part, (images, labels, sizes) in enumerate(zip(*(t.chunk(parts) for t in batch[:3]), strict=True), start=1):
+    for part, micro in enumerate(zip(*(tensor.chunk(parts) for tensor in batch), strict=True), start=1):
+        images, labels, sizes, _, keys = micro
+        if sample_keys is not None:
+            sample_keys.value = keys
         with distributed.local_gradients(model) if part < parts else nullcontext():
             with numerics.autocast():
-                logits = model(
+                outputs = model(
                     to_input(images, sizes if step.padded else None, numerics.input_dtype, numerics.channels_last)
                 )
-                part_loss = loss_fn(logits, labels.long()) / max(1, step.valid_count)
+                if not isinstance(outputs, Mapping):
+                    outputs = {"out": outputs}
+                part_loss = loss_fn(outputs["out"], labels.long())
+                if "aux" in outputs:
+                    part_loss = part_loss + aux_weight * loss_fn(outputs["aux"], labels.long())
+                part_loss = part_loss / max(1, step.valid_count)
             scaler.scale(part_loss * world_size).backward()
         loss += part_loss.detach()
     scaler.unscale_(optimizer)
@@ -172,8 +188,10 @@ class Run:
         optimizer: torch.optim.Optimizer,
         splits: dict[str, PairDataset],
         tracker_id: str,
+        sample_keys: SampleKeys | None = None,
     ) -> None:
         self.config, self.world, self.model, self.optimizer, self.splits = config, world, model, optimizer, splits
+        self.sample_keys = sample_keys
         self.numerics = Numerics(config.train.precision, config.train.channels_last, world.device)
         self.scaler = self.numerics.scaler()
         self.train_split = splits[config.data.train]
@@ -248,7 +266,7 @@ class Run:
         """Evaluate and record a split, and draw panels of some of its images."""
         dataset = self.splits[split]
         if not self.config.train.sync_bn:  # score the statistics that are saved, not each rank's own
-            distributed.broadcast_buffers(self.model)
+            distributed.copy_from_rank_0(self.model.buffers())
         matrix, images = evaluate(model, dataset, self.config, self.world, self.numerics)
         scores = matrix.scores(dataset.classes.names)
         record = {"event": "eval", "step": self.step, "split": split, **scores, "images": images}
@@ -284,7 +302,13 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
     network = torch.compile(run.model) if train.compile else run.model
     parallel = distributed.data_parallel(network, world, train.sync_bn)
     parallel.train()
-    step_args = {"micro_batch": train.micro_batch, "grad_clip": train.grad_clip, "world_size": world.size}
+    step_args = {
+        "micro_batch": train.micro_batch,
+        "grad_clip": train.grad_clip,
+        "world_size": world.size,
+        "aux_weight": config.loss.aux_weight,
+        "sample_keys": run.sample_keys,
+    }
     loss = grad_norm = None
     pace = Pace(train.batch_size, run.step, run.steps)
     for data in _training_data(run, stop):
@@ -295,6 +319,8 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
             return _summary(run, "preempted")
         lr = learning_rate(run.step, run.steps, config.optim)
         set_learning_rate(run.optimizer, lr)
+        # For networks that draw random numbers by themselves: a resumed run draws the same ones.
+        torch.manual_seed(seeding.derive(config.seed, "forward", run.step, world.rank))
         loss, grad_norm = train_step(
             parallel, data, LOSSES[config.loss.name], run.optimizer, run.scaler, run.numerics, **step_args
         )
@@ -385,41 +411,3 @@ def _finite_loss(run: Run, loss: torch.Tensor, grad_norm: torch.Tensor) -> float
         f"step {run.step}: the loss is {value} and the gradient's norm {norm}; "
         f"lower optim.lr, lengthen optim.warmup or set train.grad_clip; {where}"
     )
-
-
-class Pace:
-    """Throughput, data wait and remaining time, from the clock of the host alone."""
-
-    def __init__(self, batch_size: int, step: int, steps: int) -> None:
-        self.batch_size, self.remaining = batch_size, steps - step
-        self.began = time.perf_counter()
-        self.count, self.waited_s, self.paused_s = 0, 0.0, 0.0
-        self.total_s, self.total_count = 0.0, 0
-
-    def step(self, waited_s: float) -> None:
-        self.count += 1
-        self.waited_s += waited_s
-
-    def paused(self) -> Pace:
-        """A context whose duration is no training time."""
-        return self
-
-    def __enter__(self) -> None:
-        self._pause_began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.paused_s += time.perf_counter() - self._pause_began
-
-    def read(self) -> Record:
-        """Figures since the last reading."""
-        now = time.perf_counter()
-        elapsed = max(1e-9, now - self.began - self.paused_s)
-        self.total_s, self.total_count = self.total_s + now - self.began, self.total_count + self.count
-        self.remaining -= self.count
-        record = {
-            "images_per_s": self.count * self.batch_size / elapsed,
-            "data_wait": min(1.0, self.waited_s / elapsed),
-            "eta_s": self.remaining * self.total_s / self.total_count,
-        }
-        self.began, self.count, self.waited_s, self.paused_s = now, 0, 0.0, 0.0
-        return record

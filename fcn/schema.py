@@ -197,9 +197,11 @@ def _build(cls: type, tree: Section, prefix: str, context: _Context) -> Any:
             values[name] = _build(hint, found, f"{key}.", context)
         elif name in tree:
             try:
-                if section or isinstance(found, Section):
+                if section:
                     raise ValueError
-                values[name] = parsed[key] = _convert(hint, found.value)
+                values[name] = parsed[key] = _convert(
+                    hint, _plain(found) if isinstance(found, Section) else found.value
+                )
             except ValueError:
                 shown = "a section" if isinstance(found, Section) else show(found.value)
                 spelling = "" if isinstance(found, Section) else _number_hint(hint, found.value)
@@ -209,6 +211,10 @@ def _build(cls: type, tree: Section, prefix: str, context: _Context) -> Any:
         else:
             parsed[key] = field.default
     return cls(**values) if len(problems) == before else None
+
+
+def _plain(tree: Section | _Leaf) -> Any:
+    return {key: _plain(item) for key, item in tree.items()} if isinstance(tree, Section) else tree.value
 
 
 def _convert(hint: Any, value: Any) -> Any:
@@ -252,9 +258,8 @@ def _accepted(hint: Any) -> str:
         return "one of " + ", ".join(args) if len(args) > 1 else args[0]
     if dataclasses.is_dataclass(hint):
         return "a section with keys of its own"
-    return {types.NoneType: "null", bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[
-        hint
-    ]
+    names = {types.NoneType: "null", bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return (names | {dict: "a section of keys and values"})[hint]
 
 
 def show(value: Any) -> str:

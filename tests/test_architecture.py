@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "errors", "schema", "config", "distributed", "cli", "preempt", "seeding",
     "data", "data.labels", "data.datasets", "data.transforms", "data.samplers", "data.loaders",
-    "models.layers", "models.linknet", "models.unet", "models",
-    "losses", "metrics", "optim", "checkpoint", "tracking", "pictures", "engine",
+    "models.layers", "models.custom", "models.fcn_resnet", "models.fcn_vgg", "models.linknet", "models.unet", "models",
+    "losses", "metrics", "optim", "checkpoint", "pretrained", "tracking", "pictures", "engine",
     "data.shapes", "__main__",
 )  # fmt: skip
 """A module imports only from modules before it. `data.shapes` writes a data set and is a command like `__main__`."""

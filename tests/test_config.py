@@ -305,7 +305,7 @@ def test_option_of_another_model_is_refused(problems):
 
 
 def test_model_options_are_those_that_are_set(load):
-    assert load(GOOD.replace("name: unet", "name: unet\n  width: 16")).model.options() == {"width": 16}
+    assert load(GOOD.replace("name: unet", "name: unet\n  width: 16")).model.arguments() == {"width": 16}
 
 
 # --- checks across keys --------------------------------------------------------------------------------------------
@@ -533,9 +533,10 @@ def test_keys_that_may_change_exist():
 
 
 def test_every_model_has_its_options_listed():
-    assert set(MODEL_OPTIONS) == set(typing.get_args(typing.get_type_hints(Model)["name"]))
+    named, _ = typing.get_args(typing.get_type_hints(Model)["name"])  # or an import path
+    assert set(MODEL_OPTIONS) == set(typing.get_args(named))
     options = {option for options in MODEL_OPTIONS.values() for option in options}
-    assert options == {field.name for field in dataclasses.fields(Model)} - {"name", "weights"}
+    assert options == {field.name for field in dataclasses.fields(Model)} - {"name", "weights", "options"}
 
 
 def test_every_field_is_documented_under_its_name():

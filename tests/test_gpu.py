@@ -28,7 +28,7 @@ def make_step() -> Step:
     images = torch.randint(0, 256, (IMAGES, SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
     labels = (images.sum(-1) * CLASSES // 766).to(torch.uint8)
     sizes = torch.tensor([[SIDE, SIDE]] * IMAGES)
-    batch = Batch(*(tensor.cuda() for tensor in (images, labels, sizes, torch.arange(IMAGES))))
+    batch = Batch(*(tensor.cuda() for tensor in (images, labels, sizes, torch.arange(IMAGES), torch.arange(IMAGES))))
     return Step(batch, False, labels.numel(), False, 0.0)
 
 

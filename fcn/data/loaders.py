@@ -32,6 +32,8 @@ class Batch(NamedTuple):
     """(N, 2) int64: height and width of each image before padding."""
     indices: torch.Tensor
     """(N,) int64: places in the split."""
+    keys: torch.Tensor
+    """(N,) int64 from 0 to 2³¹ - 1: what dropout draws for each image follows from it."""
 
     @property
     def padded(self) -> bool:
@@ -44,6 +46,7 @@ def pad_collate(
     labels: Sequence[np.ndarray],
     indices: Sequence[int],
     size: tuple[int, int] | None = None,
+    keys: Sequence[int] | None = None,
 ) -> Batch:
     """Stack samples of mixed sizes: images padded at the bottom and right, labels there 255.
 
@@ -53,6 +56,7 @@ def pad_collate(
         images: (h, w, 3) uint8 each.
         labels: (h, w) uint8 each.
         size: height and width of the batch; by default the largest of each.
+        keys: keys of the samples, for dropout; by default 0.
     """
     height, width = size or (max(image.shape[0] for image in images), max(image.shape[1] for image in images))
     stacked = np.zeros((len(images), height, width, 3), np.uint8)
@@ -61,7 +65,8 @@ def pad_collate(
         h, w = image.shape[:2]
         stacked[row, :h, :w], targets[row, :h, :w] = image, target
     sizes = torch.tensor([image.shape[:2] for image in images])
-    return Batch(torch.from_numpy(stacked), torch.from_numpy(targets), sizes, torch.tensor(indices))
+    keys = torch.tensor(keys or [0] * len(images))
+    return Batch(torch.from_numpy(stacked), torch.from_numpy(targets), sizes, torch.tensor(indices), keys)
 
 
 class TrainShares(Dataset):
@@ -86,7 +91,8 @@ class TrainShares(Dataset):
     def __getitem__(self, share: Share) -> Batch | InputError:
         try:
             pairs = [self.transform(*self.dataset.read(draw.index), self._rng(draw)) for draw in share.mine]
-            return pad_collate(*zip(*pairs, strict=True), [draw.index for draw in share.mine], self._size(share))
+            keys = [seeding.derive(self.seed, "dropout", draw.epoch, draw.index) >> 33 for draw in share.mine]
+            return pad_collate(*zip(*pairs, strict=True), [draw.index for draw in share.mine], self._size(share), keys)
         except InputError as error:
             return error
 
@@ -105,7 +111,8 @@ class EvalBatches(Dataset):
         images = np.stack([np.asarray(rescale(image, self.scale)) for image, _ in pairs])
         labels = np.stack([np.asarray(mask) for _, mask in pairs])
         sizes = torch.tensor([image.shape[:2] for image in images])
-        return Batch(torch.from_numpy(images), torch.from_numpy(labels), sizes, torch.tensor(indices))
+        keys = torch.zeros(len(indices), dtype=torch.int64)
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), sizes, torch.tensor(indices), keys)
 
 
 def train_loader(shares: TrainShares, sampler: GlobalBatchSampler, workers: int, device: torch.device) -> DataLoader:

@@ -1,4 +1,4 @@
-"""Layers that several networks share, and BatchNorm over all processes."""
+"""Layers that several networks share: BatchNorm over all processes, dropout keyed by sample, bilinear upsampling."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import ResNet
 
 from fcn import distributed
 
@@ -108,3 +109,112 @@ def init_he(model: nn.Module) -> None:
             nn.init.normal_(module.weight, std=(2 / (module.in_channels * max(1.0, area))) ** 0.5)
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+class SampleKeys:
+    """The keys of the samples in the forward pass under way, (N,) int64 from 0 to 2³¹ - 1, or None for no keys.
+
+    One object is shared by all dropout layers of a network, and the engine sets it before each forward.
+    """
+
+    def __init__(self) -> None:
+        self.value: torch.Tensor | None = None
+
+
+class KeyedDropout(nn.Dropout):
+    """Dropout (Srivastava et al. 2014) whose mask is a pure function of (sample key, layer, element).
+
+    So it depends neither on the number of processes nor on how a step is split, and a resumed run draws what the
+    other would have drawn. Without keys, or if the first dimension is not that of the samples, it is `nn.Dropout`.
+    """
+
+    keys: SampleKeys
+    layer: int
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _keyed_dropout(self, x, x.shape[1:], super().forward)
+
+
+class KeyedDropout2d(nn.Dropout2d):
+    """Dropout of whole channels (Tompson et al. 2015), otherwise as `KeyedDropout`."""
+
+    keys: SampleKeys
+    layer: int
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _keyed_dropout(self, x, (x.shape[1], *(1 for _ in x.shape[2:])), super().forward)
+
+
+def _keyed_dropout(
+    layer: KeyedDropout | KeyedDropout2d, x: torch.Tensor, mask_shape: Any, unkeyed: Any
+) -> torch.Tensor:
+    keys = layer.keys.value
+    if not layer.training or keys is None or x.ndim < 2 or len(keys) != len(x):
+        return unkeyed(x)
+    if layer.p == 1:
+        return x * 0
+    count = 1
+    for size in mask_shape:
+        count *= size
+    elements = _scramble(torch.arange(count, device=x.device) + (layer.layer << 26))
+    draws = _scramble(elements ^ keys[:, None])  # (N, count), uniform in 0 … 2³¹ - 1
+    kept = (draws >= round(layer.p * _DRAWS)).reshape(len(x), *mask_shape)
+    return x * kept.to(x.dtype) / (1 - layer.p)
+
+
+_DRAWS = 1 << 31
+
+
+def _scramble(numbers: torch.Tensor) -> torch.Tensor:
+    """An integer hash to 31 bits, with the shifts and factors of C. Wellons' "lowbias32".
+
+    In 31 bits no product leaves int64, so CPU and GPU give the same bits.
+    """
+    mask = _DRAWS - 1
+    numbers = numbers & mask
+    numbers = (numbers ^ (numbers >> 16)) * 0x7FEB352D & mask
+    numbers = (numbers ^ (numbers >> 15)) * 0x846CA68B & mask
+    return numbers ^ (numbers >> 16)
+
+
+def convert_dropout(model: nn.Module) -> SampleKeys:
+    """Make every Dropout and Dropout2d a keyed one, in place; returns what their keys are set in."""
+    keys = SampleKeys()
+    kinds = {nn.Dropout: KeyedDropout, nn.Dropout2d: KeyedDropout2d}
+    for number, module in enumerate(m for m in model.modules() if type(m) in kinds):
+        module.__class__ = kinds[type(module)]
+        module.keys, module.layer = keys, number
+    return keys
+
+
+def bilinear_upsampling(channels: int, factor: int, padding: int = 0) -> nn.ConvTranspose2d:
+    """A trainable transposed convolution that starts as bilinear interpolation, channel by channel, without bias.
+
+    Kernel 2·factor, stride `factor` (Long, Shelhamer, Darrell 2015, section 3.3). With padding factor / 2 the output is
+    `factor` times as large, and away from the border equals `F.interpolate(mode="bilinear", align_corners=False)`.
+    """
+    layer = nn.ConvTranspose2d(channels, channels, 2 * factor, stride=factor, padding=padding, bias=False)
+    with torch.no_grad():
+        # Distance of each kernel element from the kernel's centre, in units of the input's pixels.
+        distance = (torch.arange(2 * factor, dtype=torch.float64) - (factor - 0.5)).abs() / factor
+        ramp = 1 - distance
+        layer.weight.zero_()
+        diagonal = torch.arange(channels)
+        layer.weight[diagonal, diagonal] = (ramp[:, None] * ramp).to(layer.weight.dtype)
+    return layer
+
+
+class ResNetTrunk(nn.Module):
+    """The convolutional part of a torchvision ResNet, with torchvision's names: everything but `avgpool` and `fc`."""
+
+    def __init__(self, resnet: ResNet) -> None:
+        super().__init__()
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            setattr(self, name, getattr(resnet, name))
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """images (N, 3, H, W) → [stem, layer1, …, layer4], at 1/4, 1/4, 1/8, 1/16 and 1/32 of the size, rounded up."""
+        features = [self.maxpool(self.relu(self.bn1(self.conv1(images))))]
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            features.append(layer(features[-1]))
+        return features

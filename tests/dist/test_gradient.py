@@ -41,7 +41,7 @@ def one_rank(world: World, name: str, options: dict, micro_batch: int | None) ->
     mine = slice(world.rank * share, (world.rank + 1) * share)
     sizes = torch.tensor([[SIDE, SIDE]] * share)
     valid = int((labels != 255).sum())
-    step = Step(Batch(images[mine], labels[mine], sizes, torch.arange(share)), False, valid, False, 0.0)
+    step = Step(Batch(images[mine], labels[mine], sizes, torch.arange(share), torch.arange(share)), False, valid, False, 0.0)
     model = convert_sync_batchnorm(make_model(name, **options))
     parallel = distributed.data_parallel(model, world, sync_bn=True)
     numerics = Numerics("fp64", True, world.device)

@@ -1,0 +1,161 @@
+"""Networks of the user's own, by import path, and what can be promised for them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from fcn.errors import InputError
+from fcn.models.layers import SampleKeys, SyncBatchNorm2d
+
+
+def build_custom(path: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
+    """Call `package.module:function` with `num_classes` and the options.
+
+    The module is looked up as Python does, and in the current directory. The network takes images (N, 3, H, W) and
+    returns logits (N, num_classes, H, W), or a mapping with those as "out" and perhaps as "aux", as torchvision's do.
+
+    Raises:
+        InputError: there is no such module or function, it takes other arguments, or it returns no nn.Module.
+    """
+    module_name, _, function_name = path.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, but what it imports is not
+        raise InputError(
+            f"model.name: found '{path}', but there is no module {error.name}; accepted: a module in the current "
+            f"directory ({here}) or an installed one; start where it can be imported, or set PYTHONPATH"
+        ) from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise InputError(
+            f"model.name: found '{path}', but {module.__file__} has no function {function_name}; "
+            f"accepted: package.module:function, whose function returns an nn.Module"
+        )
+    try:
+        inspect.signature(function).bind(num_classes=num_classes, **options)
+    except TypeError as error:
+        raise InputError(
+            f"model.options: {path} cannot be called with num_classes={num_classes} and "
+            f"{', '.join(options) or 'no options'} ({error}); it accepts {inspect.signature(function)}"
+        ) from None
+    network = function(num_classes=num_classes, **options)
+    if not isinstance(network, nn.Module):
+        raise InputError(
+            f"model.name: {path} returned {type(network).__name__}; accepted: a function that returns an nn.Module"
+        )
+    network.register_forward_hook(_logits_in_evaluation)
+    return network
+
+
+def _logits_in_evaluation(module: nn.Module, _: Any, output: Any) -> Any:
+    return output["out"] if isinstance(output, Mapping) and not module.training else output
+
+
+def examine(
+    network: nn.Module,
+    keys: SampleKeys,
+    num_classes: int,
+    size: tuple[int, int],
+    autocast: contextlib.AbstractContextManager,
+    *,
+    sync_bn: bool,
+) -> list[str]:
+    """Try a network, once converted and placed, on two random images; a copy is tried, so nothing of it changes.
+
+    Parameters that no loss depends on are frozen, because DistributedDataParallel would wait for their gradients.
+
+    Args:
+        network: after `convert_dropout`, which returned `keys`, and perhaps `convert_sync_batchnorm`.
+        size: height and width of the images.
+        autocast: the context of the forward pass, one that can be entered again.
+        sync_bn: whether batch statistics ought to be those of all processes.
+
+    Returns:
+        What the user should know, one line each: what was frozen, and what will depend on the number of processes.
+
+    Raises:
+        InputError: the output is not what training and evaluation need.
+    """
+    trial, trial_keys = copy.deepcopy((network, keys))
+    first = next(network.parameters(), None)
+    if first is None:
+        raise InputError("model.name: the network has no parameters, so there is nothing to train")
+    images = torch.rand(2, 3, *size, dtype=first.dtype, device=first.device)
+    trial_keys.value = torch.arange(2, device=first.device)
+    with torch.no_grad(), autocast:
+        _check("in evaluation", trial.eval()(images), images, num_classes)
+    trial.train()
+    outputs = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        trial.zero_grad(set_to_none=True)
+        with autocast:
+            output = trial(images)
+        outputs.append(list(output.values()) if isinstance(output, Mapping) else [output])
+        for name, logits in output.items() if isinstance(output, Mapping) else [("out", output)]:
+            _check(f"in training, as {name!r},", logits, images, num_classes)
+        if isinstance(output, Mapping) and not {"out"} <= output.keys() <= {"out", "aux"}:
+            found = ", ".join(map(repr, output)) or "nothing"
+            raise InputError(
+                f"model.name: the network returns {found} in training; accepted: 'out', or 'out' and 'aux'"
+            )
+        sum(logits.float().sum() for logits in outputs[-1]).backward()
+    notes = []
+    unused = [
+        name for name, parameter in trial.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
+    for name in unused:
+        network.get_parameter(name).requires_grad_(False)
+    if unused:
+        notes.append(f"the loss does not depend on {_some(unused)}: frozen")
+    if any(_differ(one, other) for one, other in zip(*outputs, strict=True)):
+        notes.append(
+            "it draws random numbers other than by nn.Dropout and nn.Dropout2d on (N, …): a resumed run repeats them, "
+            "but another number of processes or micro-batches draws others"
+        )
+    if sync_bn and (norms := [name for name, module in network.named_modules() if _unsynchronised(module)]):
+        notes.append(
+            f"batch statistics of {_some(norms)} are each process's own: only nn.BatchNorm2d itself is converted"
+        )
+    return notes
+
+
+def _check(when: str, logits: Any, images: torch.Tensor, num_classes: int) -> None:
+    wanted = (len(images), num_classes, *images.shape[2:])
+    if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != wanted:
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise InputError(
+            f"model.name: {when} the network returns {found} for images {tuple(images.shape)}; accepted: logits "
+            f"{wanted}, or a mapping with them as 'out'; upsample inside the network if it returns smaller ones"
+        )
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """By more than the order of a sum could make."""
+    return bool((one - other).abs().max() > 1e-3 * one.abs().max())
+
+
+def _unsynchronised(module: nn.Module) -> bool:
+    known = (SyncBatchNorm2d, FrozenBatchNorm2d, nn.modules.instancenorm._InstanceNorm)
+    counts = isinstance(module, nn.modules.batchnorm._BatchNorm) or hasattr(module, "running_mean")
+    return counts and not isinstance(module, known)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,189 @@
+"""Pretrained weights: torchvision's or a file's, into a network, with every tensor accounted for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.models import get_weight
+
+from fcn.checkpoint import load_checkpoint, read_plain
+from fcn.config import PRETRAINED
+from fcn.errors import InputError
+
+Tensors = dict[str, torch.Tensor]
+
+
+def load_pretrained(model: nn.Module, name: str, weights: str, num_classes: int) -> list[str]:
+    """Copy pretrained weights into a network of `fcn.models` or of the user's own.
+
+    Understood are: this program's checkpoints; state dicts with the network's own names, which for the ResNet FCNs are
+    torchvision's, also inside {"model": …} and with the prefixes of DistributedDataParallel and torch.compile; and
+    torchvision's classification networks, whose trunk is taken. A file must hold every tensor of the network, or of the
+    trunk. Only heads may differ: those that the number of classes shapes, and the auxiliary one.
+
+    Args:
+        model: changed in place, once nothing more can fail.
+        name: `model.name` of the config.
+        weights: `model.weights` of the config: imagenet, coco, or a file.
+        num_classes: channels of the network's logits.
+
+    Returns:
+        Lines for the log: what was loaded, left out and left as it was initialised, by name and shape.
+
+    Raises:
+        InputError: no such weights, or a file that does not fit, with the names and shapes that do not.
+    """
+    own = model.state_dict()
+    source, found = _read(name, weights)
+    found, trunk, left_out = _in_the_networks_names(found, own, source)
+    wanted = [key for key in own if key.startswith(trunk)]
+    reshaped = [key for key in wanted if key in found and found[key].shape != own[key].shape]
+    heads, file_classes = _heads(reshaped, found, own, num_classes)
+    missing = [key for key in wanted if key not in found and not _optional(key)]
+    unexpected = [key for key in found if key not in own]
+    aux = {key: found[key] for key in unexpected if key.startswith("aux_classifier.")}
+    problems = [
+        *_listed("missing", [f"{key} {_shape(own[key])}" for key in missing]),
+        *_listed("unexpected", [f"{key} {_shape(found[key])}" for key in unexpected if key not in aux]),
+        *_listed(
+            "of another shape",
+            [f"{key} {_shape(found[key])} instead of {_shape(own[key])}" for key in reshaped if key not in heads],
+        ),
+    ]
+    if problems:
+        raise InputError(
+            f"model.weights: {source}: does not fit {name}: {'; '.join(problems)}; give a file of this network with "
+            f"the same model.* options, or of torchvision's classification network for its trunk"
+        )
+    taken = [key for key in wanted if key in found and key not in heads]
+    with torch.no_grad():
+        for key in taken:
+            own[key].copy_(found[key])
+    lines = [f"weights from {source}: {len(taken)} of {len(own)} tensors"]
+    if heads:
+        lines.append(
+            f"head re-initialised for {num_classes} classes, the file has {file_classes}: {_named(own, heads)}"
+        )
+    fresh = [key for key in own if key not in taken and key not in heads]
+    if fresh:
+        lines.append(f"not in the file, freshly initialised: {_named(own, fresh)}")
+    if left_out | aux:
+        lines.append(f"in the file, not in the network: {_named(left_out | aux, [*left_out, *aux])}")
+    return lines
+
+
+def _read(name: str, weights: str) -> tuple[str, Tensors]:
+    """What the weights are called in messages, and their tensors."""
+    if weights in PRETRAINED:
+        enum = PRETRAINED[weights][name]
+        path = _downloaded(enum, get_weight(enum).url)
+        return f"{enum} ({path})", _tensors(path, read_plain(path))
+    path = Path(weights)
+    if path.is_dir():
+        raise InputError(f"model.weights: {path}: is a folder; give a file, such as {path}/checkpoints/best.pt")
+    content = read_plain(path)
+    if isinstance(content, Mapping) and "format" in content:
+        content = load_checkpoint(path)  # verified by the checksum beside it
+    return str(path), _tensors(path, content)
+
+
+def _downloaded(enum: str, url: str) -> Path:
+    """The file in torch hub's folder, where torchvision keeps it too."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.is_file():
+        digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), digest and digest.group(1))
+        except (OSError, RuntimeError) as error:  # RuntimeError: the checksum in the name is not the file's
+            raise InputError(
+                f"model.weights: {enum} cannot be downloaded to {path} ({error}); where there is no network, copy "
+                f"{url} there by hand, or set TORCH_HOME to a folder that has it as hub/checkpoints/{path.name}"
+            ) from None
+    return path
+
+
+def _tensors(path: Path, content: object) -> Tensors:
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        content = content["model"]
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(v, torch.Tensor) for v in content.values())
+    ):
+        raise InputError(
+            f"model.weights: {path}: holds no weights; accepted: names and tensors, as model.state_dict() gives them"
+        )
+    tensors = dict(content)
+    for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
+        if all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    return tensors
+
+
+def _in_the_networks_names(found: Tensors, own: Tensors, source: str) -> tuple[Tensors, str, Tensors]:
+    """(tensors under the network's names, the prefix that they should fill, classifier tensors that are left out)."""
+    if "features.0.weight" in found and "trunk.fc6.weight" in own:
+        return *_from_vgg16(found, own), {key: found[key] for key in found if key.startswith("classifier.6.")}
+    probe = "layer1.0.conv1.weight"
+    prefix = next((key.removesuffix(probe) for key in own if key.endswith(f".{probe}")), None)
+    if probe in found and prefix:
+        rest = {key: tensor for key, tensor in found.items() if key in ("fc.weight", "fc.bias")}
+        return {prefix + key: tensor for key, tensor in found.items() if key not in rest}, prefix, rest
+    if not found.keys() & own.keys():
+        raise InputError(
+            f"model.weights: {source}: none of its {len(found)} tensors is in the network; the file begins with "
+            f"{_named(found, list(found)[:3])}, the network with {_named(own, list(own)[:3])}"
+        )
+    return found, "", {}
+
+
+def _from_vgg16(found: Tensors, own: Tensors) -> tuple[Tensors, str]:
+    """torchvision's VGG16 as our trunk; its fully connected layers become fc6 (7×7) and fc7 (1×1)."""
+    trunk = "trunk."
+    convolutions = [key.removesuffix("weight") for key in own if re.match(r"trunk\.stages\..*weight$", key)]
+    numbers = sorted({int(key.split(".")[1]) for key in found if key.startswith("features.")})
+    renamed = {f"features.{number}.": ours for number, ours in zip(numbers, convolutions, strict=False)}
+    renamed |= {"classifier.0.": f"{trunk}fc6.", "classifier.3.": f"{trunk}fc7."}
+    tensors: Tensors = {}
+    for key, tensor in found.items():
+        layer, _, kind = key.rpartition(".")
+        if layer == "classifier.6":
+            continue
+        ours = renamed.get(f"{layer}.", f"{layer}.") + kind
+        if layer.startswith("classifier.") and ours in own and tensor.numel() == own[ours].numel():
+            tensor = tensor.reshape(own[ours].shape)
+        tensors[ours] = tensor
+    return tensors, trunk
+
+
+def _heads(reshaped: list[str], found: Tensors, own: Tensors, num_classes: int) -> tuple[list[str], int | None]:
+    """Of the tensors of another shape those that only the number of classes shapes, and the file's number."""
+    by_classes: dict[int, list[str]] = {}
+    for key in reshaped:
+        pairs = {(a, b) for a, b in zip(found[key].shape, own[key].shape, strict=False) if a != b}
+        if found[key].ndim == own[key].ndim and len(pairs) == 1 and next(iter(pairs))[1] == num_classes:
+            by_classes.setdefault(next(iter(pairs))[0], []).append(key)
+    return (next(iter(by_classes.values())), next(iter(by_classes))) if len(by_classes) == 1 else ([], None)
+
+
+def _optional(key: str) -> bool:
+    """Old files lack BatchNorm's counters, which nothing depends on, and some the auxiliary head."""
+    return key.endswith(".num_batches_tracked") or key.startswith("aux_classifier.")
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _named(tensors: Mapping[str, torch.Tensor], keys: list[str]) -> str:
+    return ", ".join(f"{key} {_shape(tensors[key])}" for key in keys)
+
+
+def _listed(what: str, entries: list[str]) -> list[str]:
+    more = f" and {len(entries) - 5} more" if len(entries) > 5 else ""
+    return [f"{what}: {', '.join(entries[:5])}{more}"] if entries else []
