@@ -85,7 +85,7 @@ def read_plain(path: Path) -> Any:
         raise InputError(f"{path}: no such file; give one that torch.save wrote") from None
     except pickle.UnpicklingError:
         raise InputError(
-            f"{path}: refused, because loading it could run code; accepted: tensors and plain data only"
+            f"{path}: refused: not a file of tensors and plain data, and loading anything else could run code"
         ) from None
     except Exception as error:  # whatever a foreign file makes the reader raise, the file is at fault
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -81,14 +81,19 @@ def _read(name: str, weights: str) -> tuple[str, Tensors]:
     if weights in PRETRAINED:
         enum = PRETRAINED[weights][name]
         path = _downloaded(enum, get_weight(enum).url)
-        return f"{enum} ({path})", _tensors(path, read_plain(path))
-    path = Path(weights)
+        source = f"{enum} ({path})"
+    else:
+        path = Path(weights)
+        source = weights
     if path.is_dir():
         raise InputError(f"model.weights: {path}: is a folder; give a file, such as {path}/checkpoints/best.pt")
-    content = read_plain(path)
-    if isinstance(content, Mapping) and "format" in content:
-        content = load_checkpoint(path)  # verified by the checksum beside it
-    return str(path), _tensors(path, content)
+    try:
+        content = read_plain(path)
+        if isinstance(content, Mapping) and "format" in content:
+            content = load_checkpoint(path)  # verified by the checksum beside it
+    except InputError as error:
+        raise InputError(f"model.weights: {error}") from None
+    return source, _tensors(path, content)
 
 
 def _downloaded(enum: str, url: str) -> Path:
