@@ -56,8 +56,13 @@ class Numerics:
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def place(self, model: nn.Module) -> nn.Module:
+        """Move a model to the device, the type and the memory format of the run, in place."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return model.to(self.device, self.input_dtype, memory_format=layout)
+        model.to(self.device, self.input_dtype, memory_format=layout)
+        for parameter in model.parameters():
+            if parameter.ndim == 4:  # `to` leaves the strides of 1×1 kernels, DistributedDataParallel compares them
+                parameter.data = torch.empty_like(parameter, memory_format=layout).copy_(parameter.data)
+        return model
 
 
 def train_step(
