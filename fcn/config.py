@@ -66,7 +66,8 @@ class Data:
 
 
 ImportPath = Annotated[
-    str, Accept("package.module:function of your own", lambda v: re.fullmatch(r"[^\W\d]\w*(\.\w+)*:[^\W\d]\w*", v))
+    str,
+    Accept("package.module:function of your own", lambda v: re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", v)),
 ]
 
 

@@ -43,17 +43,21 @@ def build_custom(path: str, num_classes: int, options: Mapping[str, Any]) -> nn.
         ) from None
     function = getattr(module, function_name, None)
     if not callable(function):
+        where = getattr(module, "__file__", None) or f"module {module_name}"
         raise InputError(
-            f"model.name: found '{path}', but {module.__file__} has no function {function_name}; "
+            f"model.name: found '{path}', but {where} has no function {function_name}; "
             f"accepted: package.module:function, whose function returns an nn.Module"
         )
     try:
-        inspect.signature(function).bind(num_classes=num_classes, **options)
+        signature = inspect.signature(function)
+        signature.bind(num_classes=num_classes, **options)
     except TypeError as error:
         raise InputError(
             f"model.options: {path} cannot be called with num_classes={num_classes} and "
-            f"{', '.join(options) or 'no options'} ({error}); it accepts {inspect.signature(function)}"
+            f"{', '.join(options) or 'no options'} ({error}); it accepts {signature}"
         ) from None
+    except ValueError:  # functions written in C may have no signature
+        pass
     network = function(num_classes=num_classes, **options)
     if not isinstance(network, nn.Module):
         raise InputError(
@@ -64,7 +68,7 @@ def build_custom(path: str, num_classes: int, options: Mapping[str, Any]) -> nn.
 
 
 def _logits_in_evaluation(module: nn.Module, _: Any, output: Any) -> Any:
-    return output["out"] if isinstance(output, Mapping) and not module.training else output
+    return output.get("out", output) if isinstance(output, Mapping) and not module.training else output
 
 
 def examine(
@@ -94,28 +98,28 @@ def examine(
     """
     trial, trial_keys = copy.deepcopy((network, keys))
     first = next(network.parameters(), None)
-    if first is None:
-        raise InputError("model.name: the network has no parameters, so there is nothing to train")
+    if first is None or not any(parameter.requires_grad for parameter in network.parameters()):
+        raise InputError("model.name: the network has no parameters that require a gradient, so nothing to train")
     images = torch.rand(2, 3, *size, dtype=first.dtype, device=first.device)
     trial_keys.value = torch.arange(2, device=first.device)
     with torch.no_grad(), autocast:
         _check("in evaluation", trial.eval()(images), images, num_classes)
     trial.train()
-    outputs = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        trial.zero_grad(set_to_none=True)
-        with autocast:
-            output = trial(images)
-        outputs.append(list(output.values()) if isinstance(output, Mapping) else [output])
-        for name, logits in output.items() if isinstance(output, Mapping) else [("out", output)]:
-            _check(f"in training, as {name!r},", logits, images, num_classes)
-        if isinstance(output, Mapping) and not {"out"} <= output.keys() <= {"out", "aux"}:
-            found = ", ".join(map(repr, output)) or "nothing"
+    before = _random_state(first.device)
+    with autocast:
+        output = trial(images)
+    draws = not torch.equal(before, _random_state(first.device))
+    outputs = output if isinstance(output, Mapping) else {"out": output}
+    if not {"out"} <= outputs.keys() <= {"out", "aux"}:
+        found = ", ".join(map(repr, outputs)) or "nothing"
+        raise InputError(f"model.name: the network returns {found} in training; accepted: 'out', or 'out' and 'aux'")
+    for name, logits in outputs.items():
+        _check(f"in training, as {name!r},", logits, images, num_classes)
+        if not logits.requires_grad:
             raise InputError(
-                f"model.name: the network returns {found} in training; accepted: 'out', or 'out' and 'aux'"
+                f"model.name: {name!r} has no gradient; accepted: logits, not classes, computed in PyTorch"
             )
-        sum(logits.float().sum() for logits in outputs[-1]).backward()
+    sum(logits.float().sum() for logits in outputs.values()).backward()
     notes = []
     unused = [
         name for name, parameter in trial.named_parameters() if parameter.requires_grad and parameter.grad is None
@@ -124,7 +128,7 @@ def examine(
         network.get_parameter(name).requires_grad_(False)
     if unused:
         notes.append(f"the loss does not depend on {_some(unused)}: frozen")
-    if any(_differ(one, other) for one, other in zip(*outputs, strict=True)):
+    if draws:
         notes.append(
             "it draws random numbers other than by nn.Dropout and nn.Dropout2d on (N, …): a resumed run repeats them, "
             "but another number of processes or micro-batches draws others"
@@ -139,20 +143,27 @@ def examine(
 def _check(when: str, logits: Any, images: torch.Tensor, num_classes: int) -> None:
     wanted = (len(images), num_classes, *images.shape[2:])
     if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != wanted:
-        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        found = type(logits).__name__
+        if isinstance(logits, torch.Tensor):
+            found = tuple(logits.shape)
+        elif isinstance(logits, Mapping):
+            found = f"a mapping with {', '.join(map(repr, logits))}"
         raise InputError(
             f"model.name: {when} the network returns {found} for images {tuple(images.shape)}; accepted: logits "
             f"{wanted}, or a mapping with them as 'out'; upsample inside the network if it returns smaller ones"
         )
 
 
-def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """By more than the order of a sum could make."""
-    return bool((one - other).abs().max() > 1e-3 * one.abs().max())
+def _random_state(device: torch.device) -> torch.Tensor:
+    """Of the generators that a network on this device may draw from."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
 
 
 def _unsynchronised(module: nn.Module) -> bool:
-    known = (SyncBatchNorm2d, FrozenBatchNorm2d, nn.modules.instancenorm._InstanceNorm)
+    known = (SyncBatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, nn.modules.instancenorm._InstanceNorm)
     counts = isinstance(module, nn.modules.batchnorm._BatchNorm) or hasattr(module, "running_mean")
     return counts and not isinstance(module, known)
 

@@ -22,7 +22,11 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if not (self.training and distributed.is_active()):
             return super().forward(images)
-        output, mean, variance, count = _SyncBatchNorm.apply(images, self.weight, self.bias, self.eps)
+        weight, bias = self.weight, self.bias
+        if weight is None:  # affine=False
+            wide = torch.promote_types(images.dtype, torch.float32)
+            weight, bias = (torch.full((self.num_features,), x, dtype=wide, device=images.device) for x in (1, 0))
+        output, mean, variance, count = _SyncBatchNorm.apply(images, weight, bias, self.eps)
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked += 1
@@ -126,6 +130,7 @@ class KeyedDropout(nn.Dropout):
 
     So it depends neither on the number of processes nor on how a step is split, and a resumed run draws what the
     other would have drawn. Without keys, or if the first dimension is not that of the samples, it is `nn.Dropout`.
+    A layer that is called twice in a forward pass draws the same mask twice.
     """
 
     keys: SampleKeys
@@ -156,7 +161,7 @@ def _keyed_dropout(
     count = 1
     for size in mask_shape:
         count *= size
-    elements = _scramble(torch.arange(count, device=x.device) + (layer.layer << 26))
+    elements = _scramble(torch.arange(count, device=x.device) ^ _scramble(layer.layer + 1))
     draws = _scramble(elements ^ keys[:, None])  # (N, count), uniform in 0 … 2³¹ - 1
     kept = (draws >= round(layer.p * _DRAWS)).reshape(len(x), *mask_shape)
     return x * kept.to(x.dtype) / (1 - layer.p)
@@ -165,7 +170,7 @@ def _keyed_dropout(
 _DRAWS = 1 << 31
 
 
-def _scramble(numbers: torch.Tensor) -> torch.Tensor:
+def _scramble(numbers: Any) -> Any:
     """An integer hash to 31 bits, with the shifts and factors of C. Wellons' "lowbias32".
 
     In 31 bits no product leaves int64, so CPU and GPU give the same bits.

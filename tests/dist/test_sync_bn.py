@@ -75,3 +75,22 @@ def test_numbers_are_those_of_the_union_batch(sizes: list[int], channels_last: b
                 torch.tensor(rank[key], dtype=torch.float64), expected[key], rtol=1e-12, atol=1e-12
             )
         assert rank["batches"] == 2
+
+
+def no_affine_rank(world: World, images: list) -> list:
+    norm = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(2, affine=False)))
+    mine = torch.tensor(images)[world.rank :: world.size].requires_grad_()
+    output = norm(mine)
+    output.pow(3).sum().backward()
+    return [output.tolist(), mine.grad.tolist()]
+
+
+def test_a_norm_without_weight_and_bias() -> None:
+    images = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    ranks = run_ranks(2, no_affine_rank, images.tolist())
+    images.requires_grad_()
+    output = nn.BatchNorm2d(2, affine=False)(images)
+    output.pow(3).sum().backward()
+    for rank, (found, grad) in enumerate(ranks):
+        torch.testing.assert_close(torch.tensor(found), output.detach()[rank::2])
+        torch.testing.assert_close(torch.tensor(grad), images.grad[rank::2], rtol=1e-4, atol=1e-5)
