@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from fcn.config import PRETRAINED
 from fcn.errors import InputError
 
 Tensors = dict[str, torch.Tensor]
+COUNTER = ".num_batches_tracked"
 
 
 def load_pretrained(model: nn.Module, name: str, weights: str, num_classes: int) -> list[str]:
@@ -38,11 +40,11 @@ def load_pretrained(model: nn.Module, name: str, weights: str, num_classes: int)
         InputError: no such weights, or a file that does not fit, with the names and shapes that do not.
     """
     own = model.state_dict()
-    source, found = _read(name, weights)
+    source, found = _read(name, weights, own)
     found, trunk, left_out = _in_the_networks_names(found, own, source)
     wanted = [key for key in own if key.startswith(trunk)]
     reshaped = [key for key in wanted if key in found and found[key].shape != own[key].shape]
-    heads, file_classes = _heads(reshaped, found, own, num_classes)
+    heads, file_classes = _heads(reshaped, found, model, num_classes)
     missing = [key for key in wanted if key not in found and not _optional(key)]
     unexpected = [key for key in found if key not in own]
     aux = {key: found[key] for key in unexpected if key.startswith("aux_classifier.")}
@@ -69,6 +71,10 @@ def load_pretrained(model: nn.Module, name: str, weights: str, num_classes: int)
             f"head re-initialised for {num_classes} classes, the file has {file_classes}: {_named(own, heads)}"
         )
     fresh = [key for key in own if key not in taken and key not in heads]
+    counters = [key for key in fresh if key.endswith(COUNTER) and f"{key.removesuffix(COUNTER)}.running_mean" in taken]
+    fresh = [key for key in fresh if key not in counters]
+    if counters:
+        lines.append(f"not in the file: {len(counters)} of BatchNorm's {COUNTER[1:]} (), which start at 0")
     if fresh:
         lines.append(f"not in the file, freshly initialised: {_named(own, fresh)}")
     if left_out | aux:
@@ -76,7 +82,7 @@ def load_pretrained(model: nn.Module, name: str, weights: str, num_classes: int)
     return lines
 
 
-def _read(name: str, weights: str) -> tuple[str, Tensors]:
+def _read(name: str, weights: str, own: Tensors) -> tuple[str, Tensors]:
     """What the weights are called in messages, and their tensors."""
     if weights in PRETRAINED:
         enum = PRETRAINED[weights][name]
@@ -93,7 +99,7 @@ def _read(name: str, weights: str) -> tuple[str, Tensors]:
             content = load_checkpoint(path)  # verified by the checksum beside it
     except InputError as error:
         raise InputError(f"model.weights: {error}") from None
-    return source, _tensors(path, content)
+    return source, _tensors(path, content, own)
 
 
 def _downloaded(enum: str, url: str) -> Path:
@@ -104,30 +110,39 @@ def _downloaded(enum: str, url: str) -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), digest and digest.group(1))
-        except (OSError, RuntimeError) as error:  # RuntimeError: the checksum in the name is not the file's
+        except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: not the name's checksum
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(
-                f"model.weights: {enum} cannot be downloaded to {path} ({error}); where there is no network, copy "
+                f"model.weights: {enum} cannot be downloaded to {path} ({reason}); where there is no network, copy "
                 f"{url} there by hand, or set TORCH_HOME to a folder that has it as hub/checkpoints/{path.name}"
             ) from None
     return path
 
 
-def _tensors(path: Path, content: object) -> Tensors:
+def _tensors(path: Path, content: object, own: Tensors) -> Tensors:
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
-    if (
-        not isinstance(content, Mapping)
-        or not content
-        or not all(isinstance(v, torch.Tensor) for v in content.values())
-    ):
+    tensors = dict(content) if isinstance(content, Mapping) else {}
+    named = all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items())
+    if not tensors or not named:
         raise InputError(
             f"model.weights: {path}: holds no weights; accepted: names and tensors, as model.state_dict() gives them"
         )
-    tensors = dict(content)
-    for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
-        if all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    for key, tensor in tensors.items():
+        dense = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized or tensor.is_complex())
+        if not dense or not torch.isfinite(tensor).all():
+            raise InputError(
+                f"model.weights: {path}: {key} {_shape(tensor)} is not a dense tensor of finite real numbers; give a "
+                f"file in which all are"
+            )
+    prefixes = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile, in either order
+    while prefix := next((p for p in prefixes if _all_have(p, tensors) and not _all_have(p, own)), None):
+        tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     return tensors
+
+
+def _all_have(prefix: str, tensors: Tensors) -> bool:
+    return all(key.startswith(prefix) for key in tensors)
 
 
 def _in_the_networks_names(found: Tensors, own: Tensors, source: str) -> tuple[Tensors, str, Tensors]:
@@ -136,7 +151,7 @@ def _in_the_networks_names(found: Tensors, own: Tensors, source: str) -> tuple[T
         return *_from_vgg16(found, own), {key: found[key] for key in found if key.startswith("classifier.6.")}
     probe = "layer1.0.conv1.weight"
     prefix = next((key.removesuffix(probe) for key in own if key.endswith(f".{probe}")), None)
-    if probe in found and prefix:
+    if probe in found and probe not in own and prefix:
         rest = {key: tensor for key, tensor in found.items() if key in ("fc.weight", "fc.bias")}
         return {prefix + key: tensor for key, tensor in found.items() if key not in rest}, prefix, rest
     if not found.keys() & own.keys():
@@ -166,19 +181,26 @@ def _from_vgg16(found: Tensors, own: Tensors) -> tuple[Tensors, str]:
     return tensors, trunk
 
 
-def _heads(reshaped: list[str], found: Tensors, own: Tensors, num_classes: int) -> tuple[list[str], int | None]:
+def _heads(reshaped: list[str], found: Tensors, model: nn.Module, num_classes: int) -> tuple[list[str], int | None]:
     """Of the tensors of another shape those that only the number of classes shapes, and the file's number."""
     by_classes: dict[int, list[str]] = {}
+    own = model.state_dict()
     for key in reshaped:
-        pairs = {(a, b) for a, b in zip(found[key].shape, own[key].shape, strict=False) if a != b}
-        if found[key].ndim == own[key].ndim and len(pairs) == 1 and next(iter(pairs))[1] == num_classes:
-            by_classes.setdefault(next(iter(pairs))[0], []).append(key)
+        ours, theirs = own[key].shape, found[key].shape
+        if len(ours) != len(theirs):
+            continue
+        transposed = isinstance(model.get_submodule(key.rpartition(".")[0]), nn.ConvTranspose2d)
+        differing = [place for place in range(len(ours)) if ours[place] != theirs[place]]
+        pairs = {(theirs[place], ours[place]) for place in differing}
+        # Classes are output channels, of transposed convolutions also input channels; never a kernel's size.
+        if max(differing) <= transposed and len(pairs) == 1 and ours[differing[0]] == num_classes:
+            by_classes.setdefault(theirs[differing[0]], []).append(key)
     return (next(iter(by_classes.values())), next(iter(by_classes))) if len(by_classes) == 1 else ([], None)
 
 
 def _optional(key: str) -> bool:
     """Old files lack BatchNorm's counters, which nothing depends on, and some the auxiliary head."""
-    return key.endswith(".num_batches_tracked") or key.startswith("aux_classifier.")
+    return key.endswith(COUNTER) or key.startswith("aux_classifier.")
 
 
 def _shape(tensor: torch.Tensor) -> str:

@@ -12,6 +12,7 @@ from fcn import config as config_module
 from fcn.config import (
     MAY_CHANGE,
     MODEL_OPTIONS,
+    PRETRAINED,
     Config,
     Model,
     Train,
@@ -306,6 +307,265 @@ def test_option_of_another_model_is_refused(problems):
 
 def test_model_options_are_those_that_are_set(load):
     assert load(GOOD.replace("name: unet", "name: unet\n  width: 16")).model.arguments() == {"width": 16}
+
+
+# --- networks, their options and weights ---------------------------------------------------------------------------
+
+NETWORKS = [
+    "fcn32s", "fcn16s", "fcn8s", "fcn_resnet18", "fcn_resnet50", "fcn_resnet101", "fcn8_kitti", "unet", "linknet",
+]  # fmt: skip
+OWN = ["mine:build", "my_package.nets.small:Network", "_m1:_f1", "torchvision.models.segmentation:deeplabv3_resnet50"]
+
+
+@pytest.fixture
+def model(load):
+    """The model section with these lines in it."""
+
+    def model(*lines, overrides=()):
+        return load(with_model(*lines), overrides).model
+
+    return model
+
+
+def with_model(*lines):
+    return GOOD.replace("  name: unet\n", "".join(f"  {line}\n" for line in lines))
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, *OWN])
+def test_network_is_one_of_nine_or_an_import_path(model, name):
+    assert model(f"name: {name}").name == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet", "UNet", "unet ", "''", "mine", "mine:", ":build", "a:b:c", "my/package:build", "mine:build()",
+     "1st:build", "mine:1st", "my-package:build", "a..b:c", "mine :build", "mine:a.b", "3", "null"],
+)  # fmt: skip
+def test_another_network_is_refused_with_those_that_there_are(problems, file, name):
+    quoted = f"'{name}'" if name.endswith((" ", ":")) else name
+    (problem,) = problems(with_model(f"name: {quoted}"))
+    assert problem.startswith(f"{file}:7: model.name: found ")
+    accepted = problem.split("accepted: ")[1]
+    assert all(network in accepted for network in NETWORKS)
+    assert "package.module:function" in accepted
+
+
+OPTIONS = {
+    "layout": ["classic", "same"],
+    "dropout": [0.0, 0.25],
+    "width": [1, 64],
+    "norm": ["batch", "none"],
+    "encoder": ["resnet18", "plain"],
+    "aux": [True, False],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [(name, option, value) for name in NETWORKS for option in MODEL_OPTIONS[name] for value in OPTIONS[option]],
+)
+def test_option_that_is_set_reaches_the_network_even_if_it_is_0_or_false(model, name, option, value):
+    assert model(f"name: {name}", f"{option}: {str(value).lower()}").arguments() == {option: value}
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "mine:build"])
+def test_options_that_are_null_are_left_to_the_network(model, name):
+    nulls = [f"{option}: null" for option in (*OPTIONS, "options", "weights")]
+    assert model(f"name: {name}", *nulls).arguments() == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "where"),
+    [
+        ("unet", "layout: same", "an option of fcn32s, fcn16s, fcn8s)"),
+        ("fcn8_kitti", "layout: same", "an option of fcn32s, fcn16s, fcn8s)"),
+        ("unet", "dropout: 0.5", "an option of fcn32s, fcn16s, fcn8s, fcn8_kitti)"),
+        ("fcn_resnet50", "dropout: 0.0", "an option of fcn32s, fcn16s, fcn8s, fcn8_kitti)"),
+        ("fcn_resnet18", "aux: false", "an option of fcn_resnet50, fcn_resnet101)"),
+        ("fcn8s", "norm: batch", "an option of unet)"),
+        ("fcn_resnet101", "encoder: plain", "an option of linknet)"),
+        ("linknet", "width: 4", "an option of fcn32s, fcn16s, fcn8s, fcn8_kitti, unet)"),
+        ("fcn8s", "options: {depth: 3}", "for a network of your own)"),
+        ("unet", "options: {}", "for a network of your own)"),
+    ],
+)
+def test_option_of_another_network_is_refused_with_its_owners(problems, file, name, line, where):
+    (problem,) = problems(with_model(f"name: {name}", line))
+    option = line.split(":")[0]
+    assert problem == f"{file}: model.{option}: {name} has no such option; remove it ({where}"
+
+
+@pytest.mark.parametrize("line", ["width: 4", "aux: false", "norm: none", "dropout: 0.0"])
+def test_option_for_a_network_of_ones_own_belongs_under_options(problems, file, line):
+    (problem,) = problems(with_model("name: mine:build", line))
+    option = line.split(":")[0]
+    assert problem.startswith(f"{file}: model.{option}: mine:build has no such option")
+    assert problem.endswith("write it under model.options")
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "accepted"),
+    [
+        ("fcn8s", "layout: valid", "classic, same"),
+        ("fcn8s", "dropout: 1.0", "from 0 to below 1"),
+        ("fcn8s", "dropout: -0.1", "from 0 to below 1"),
+        ("fcn8s", "width: 0", "1 or more"),
+        ("linknet", "encoder: resnet34", "resnet18, plain"),
+        ("fcn_resnet50", "aux: yes", "true or false"),
+        ("fcn_resnet50", "aux: 1", "true or false"),
+        ("fcn_resnet50", "weights: ' '", "a text that is not empty"),
+        ("fcn_resnet50", "weights: true", "a text that is not empty"),
+        ("fcn_resnet50", "weights: {a: b}", "a text that is not empty"),
+        ("mine:build", "options: 3", "a section of keys and values"),
+        ("mine:build", "options: [depth, 3]", "a section of keys and values"),
+        ("mine:build", "options: depth=3", "a section of keys and values"),
+    ],
+)
+def test_wrong_value_of_an_option_is_named_with_what_is_accepted(problems, file, name, line, accepted):
+    (problem,) = problems(with_model(f"name: {name}", line))
+    assert problem.startswith(f"{file}:8: model.{line.split(':')[0]}: found ")
+    assert accepted in problem.split("accepted: ")[1]
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "mine:build"])
+def test_weights_may_be_a_file_for_every_network(model, name):
+    assert model(f"name: {name}", "weights: runs/x/checkpoints/best.pt").weights == "runs/x/checkpoints/best.pt"
+
+
+WITHOUT = {
+    "imagenet": {"unet": "a file, null", "mine:build": "a file, null"},
+    "coco": {name: "imagenet, a file, null" for name in NETWORKS if name.startswith(("fcn8", "fcn16", "fcn32"))}
+    | {"fcn_resnet18": "imagenet, a file, null", "linknet": "imagenet, a file, null"}
+    | {"unet": "a file, null", "mine:build": "a file, null"},
+}
+
+
+@pytest.mark.parametrize("weights", WITHOUT)
+@pytest.mark.parametrize("name", [*NETWORKS, "mine:build"])
+def test_weights_that_do_not_exist_are_refused_with_those_that_do(model, problems, file, name, weights):
+    assert (name in PRETRAINED[weights]) == (name not in WITHOUT[weights])
+    lines = [f"name: {name}", f"weights: {weights}"]
+    if name not in WITHOUT[weights]:
+        assert model(*lines).weights == weights
+        return
+    (problem,) = problems(with_model(*lines))
+    assert problem == (
+        f"{file}: model.weights: found {weights}, which does not exist for this {name}; "
+        f"accepted: {WITHOUT[weights][name]}"
+    )
+
+
+@pytest.mark.parametrize("weights", ["imagenet", "coco"])
+def test_plain_encoder_has_no_weights_but_a_file(model, problems, weights):
+    lines = ["name: linknet", "encoder: plain"]
+    (problem,) = problems(with_model(*lines, f"weights: {weights}"))
+    assert problem.endswith(
+        f"model.weights: found {weights}, which does not exist for this linknet; accepted: a file, null"
+    )
+    assert model(*lines, "weights: linknet.pt").weights == "linknet.pt"
+    assert model("name: linknet", "encoder: resnet18", "weights: imagenet").weights == "imagenet"
+
+
+NESTED_OPTIONS = """\
+options:
+    depth: 3
+    rates: [6, 12, 1.5]
+    head: {dropout: 0.1, norm: null, sizes: [[1, 2], [3]], deep: {er: {still: true}}}
+    texts: ['1e-3', 'yes', 'null', '010', 'a: b', '', ü]
+    none: null
+    empty: {}
+    small: 1.0e-5
+"""
+OPTIONS_READ = {
+    "depth": 3,
+    "rates": [6, 12, 1.5],
+    "head": {"dropout": 0.1, "norm": None, "sizes": [[1, 2], [3]], "deep": {"er": {"still": True}}},
+    "texts": ["1e-3", "yes", "null", "010", "a: b", "", "ü"],
+    "none": None,
+    "empty": {},
+    "small": 1e-5,
+}
+
+
+def test_options_of_a_network_of_ones_own_are_any_plain_data(model):
+    section = model("name: mine:build", NESTED_OPTIONS.rstrip())
+    assert section.arguments() == section.options == OPTIONS_READ
+    assert [type(value) for value in section.options["rates"]] == [int, int, float]
+
+
+def test_options_survive_saving_and_a_checkpoint(load, file):
+    config = load(with_model("name: mine:build", NESTED_OPTIONS.rstrip()))
+    save_config(config, file)
+    assert load_config(file) == config
+    assert load_config(file).model.options == OPTIONS_READ
+    values = to_dict(config)
+    assert config_from_dict(values, "checkpoint") == config
+    values["model"]["options"]["head"]["deep"]["er"]["still"] = False
+    assert config.model.options == OPTIONS_READ, "to_dict is a copy"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.options.depth=4"], OPTIONS_READ | {"depth": 4}),
+        (["model.options.new=[1, 2]"], OPTIONS_READ | {"new": [1, 2]}),
+        (["model.options.head.deep.er.still=null"],
+         OPTIONS_READ | {"head": OPTIONS_READ["head"] | {"deep": {"er": {"still": None}}}}),
+        (["model.options.rates.first=6"], OPTIONS_READ | {"rates": {"first": 6}}),
+        (["model.options={depth: 5, rates: []}"], OPTIONS_READ | {"depth": 5, "rates": []}),
+        (["model.options=null"], None),
+        (["model.options=null", "model.options.depth=3"], {"depth": 3}),
+    ],
+)  # fmt: skip
+def test_override_of_an_option(model, overrides, expected):
+    assert model("name: mine:build", NESTED_OPTIONS.rstrip(), overrides=overrides).options == expected
+
+
+def test_override_makes_options_where_there_were_none(model):
+    assert model("name: mine:build", overrides=["model.options.depth=3"]).arguments() == {"depth": 3}
+    assert model("name: mine:build", "options: null", overrides=["model.options.a.b=1.5"]).options == {"a": {"b": 1.5}}
+
+
+def test_option_that_is_given_twice_is_reported_with_both_lines(problems, file):
+    (problem,) = problems(with_model("name: mine:build", "options: {depth: 3, width: 1, depth: 4}"))
+    assert problem.startswith(f"{file}:8: model.options.depth: found twice (first at {file}:8)")
+
+
+def test_option_that_is_no_plain_value_is_refused(problems, file):
+    (problem,) = problems(with_model("name: mine:build", "options: {depth: !!python/name:os.getcwd 1}"))
+    assert problem.startswith(f"{file}:8: model.options.depth: not a plain value")
+
+
+@pytest.mark.parametrize("value", [0.0, 0.4, 3.0])
+def test_weight_of_the_auxiliary_loss_is_any_number_from_0(load, value):
+    assert load(overrides=[f"loss.aux_weight={value}"]).loss.aux_weight == value
+    assert load().loss.aux_weight == 0.5
+
+
+@pytest.mark.parametrize("value", ["-0.1", "-1", ".nan", ".inf", "null", "true", "'0.4'"])
+def test_another_weight_of_the_auxiliary_loss_is_refused(problems, file, value):
+    (problem,) = problems(GOOD + f"loss: {{aux_weight: {value}}}\n")
+    assert problem.startswith(f"{file}:13: loss.aux_weight: found ")
+    assert "accepted: a number, 0 or more" in problem
+
+
+def test_change_of_network_options_weights_or_auxiliary_loss_makes_another_run(load):
+    old = to_dict(load(with_model("name: mine:build", "options: {depth: 3, head: {rate: 0.1}}")))
+    new = to_dict(
+        load(
+            with_model("name: mine:build", "options: {depth: 4, head: {rate: 0.2}}", "weights: w.pt"),
+            ["loss.aux_weight=0.4"],
+        )
+    )
+    assert config_changes(old, new) == (
+        [
+            "loss.aux_weight: 0.5 → 0.4",
+            "model.options.depth: 3 → 4",
+            "model.options.head.rate: 0.1 → 0.2",
+            "model.weights: null → the text 'w.pt'",
+        ],
+        [],
+    )
 
 
 # --- checks across keys --------------------------------------------------------------------------------------------
