@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import inspect
 import json
 import os
@@ -109,6 +110,8 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # What a reference cycle holds of it has to go now: a thread of gloo that outlives Python aborts the process.
+        gc.collect()
 
 
 def is_active() -> bool:
