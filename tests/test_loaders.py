@@ -88,6 +88,13 @@ def test_collate_of_equal_sizes_pads_nothing():
     assert not batch.padded
 
 
+def test_collate_of_nothing_is_a_batch_without_images():
+    batch = pad_collate([], [], [], (5, 7))
+    assert [tuple(tensor.shape) for tensor in batch] == [(0, 5, 7, 3), (0, 5, 7), (0, 2), (0,), (0,)]
+    assert [tensor.dtype for tensor in batch] == [torch.uint8, torch.uint8, *[torch.int64] * 3]
+    assert not batch.padded
+
+
 def test_collate_takes_flipped_arrays():
     image = np.arange(6, dtype=np.uint8).reshape(1, 2, 3)
     batch = pad_collate([image[:, ::-1]], [np.array([[1, 2]], np.uint8)[:, ::-1]], [0])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import functional
 
 from fcn.data.transforms import TrainTransform, rescale, to_input
 from fcn.seeding import generator
@@ -107,6 +108,65 @@ def test_flip_has_its_probability(probability, low, high):
     transform = TrainTransform(None, None, probability)
     # Four standard deviations of 1000 draws at 0.25 are 55.
     assert low <= sum(transform.plan((4, 4), generator(0, "test", i)).flip for i in range(1000)) <= high
+
+
+COLOURS = (0.4, 0.4, 0.4, 0.2)
+
+
+def test_colours_change_pixels_and_never_labels():
+    image, labels = picture(20, 30), grey(20, 30, [0, 1, 255])
+    for seed in range(20):
+        pixels, classes = TrainTransform(None, None, 0.0, COLOURS)(image, labels, random.Random(seed))
+        assert pixels.shape == (20, 30, 3)
+        assert pixels.dtype == np.uint8
+        assert not np.array_equal(pixels, np.asarray(image))
+        assert np.array_equal(classes, np.asarray(labels))
+
+
+def test_geometry_does_not_depend_on_the_colours():
+    image, labels = coordinates(40, 50), grey(40, 50, range(7))
+    for seed in range(20):
+        plain, jittered = (
+            TrainTransform((16, 16), (0.5, 2.0), 0.5, colours)(image, labels, random.Random(seed))[1]
+            for colours in (None, COLOURS)
+        )
+        assert np.array_equal(plain, jittered)
+
+
+@pytest.mark.parametrize(
+    ("place", "adjust"),
+    [(0, "adjust_brightness"), (1, "adjust_contrast"), (2, "adjust_saturation"), (3, "adjust_hue")],
+)
+def test_each_colour_change_is_torchvisions_within_its_bounds(place, adjust):
+    """One kind at a time, with the largest change found by search among torchvision's results."""
+    image, labels = picture(12, 12), grey(12, 12, [0])
+    bound = 0.3
+    colours = tuple(bound if other == place else 0.0 for other in range(4))
+    centre = 0 if place == 3 else 1
+    reachable = {
+        np.asarray(getattr(functional, adjust)(image, centre + step / 2000)).tobytes()
+        for step in range(-round(bound * 2000), round(bound * 2000) + 1)
+    }
+    seen = set()
+    for seed in range(30):
+        pixels, _ = TrainTransform(None, None, 0.0, colours)(image, labels, random.Random(seed))
+        seen.add(pixels.tobytes())
+        apart = [
+            np.abs(pixels.astype(int) - np.frombuffer(other, np.uint8).reshape(pixels.shape)).max()
+            for other in reachable
+        ]
+        nearest = min(apart)
+        assert nearest <= 2, "between two neighbours of the search"
+    assert len(seen) > 20
+
+
+def test_colours_of_a_sample_follow_from_its_generator():
+    image, labels = picture(20, 30), grey(20, 30, [0])
+    one, again, other = (
+        TrainTransform(None, None, 0.0, COLOURS)(image, labels, random.Random(seed))[0] for seed in (3, 3, 4)
+    )
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
 
 
 def test_scale_stays_in_its_range_and_keeps_the_shape_of_the_image():

@@ -48,7 +48,7 @@ def pad_collate(
     size: tuple[int, int] | None = None,
     keys: Sequence[int] | None = None,
 ) -> Batch:
-    """Stack samples of mixed sizes: images padded at the bottom and right, labels there 255.
+    """Stack samples of mixed sizes, perhaps none: images padded at the bottom and right, labels there 255.
 
     What stands in the padding of the images does not matter: `transforms.to_input` makes it 0 after normalisation.
 
@@ -64,9 +64,9 @@ def pad_collate(
     for row, (image, target) in enumerate(zip(images, labels, strict=True)):
         h, w = image.shape[:2]
         stacked[row, :h, :w], targets[row, :h, :w] = image, target
-    sizes = torch.tensor([image.shape[:2] for image in images])
-    keys = torch.tensor(keys or [0] * len(images))
-    return Batch(torch.from_numpy(stacked), torch.from_numpy(targets), sizes, torch.tensor(indices), keys)
+    sizes = torch.tensor([image.shape[:2] for image in images], dtype=torch.int64).reshape(-1, 2)
+    numbers = [torch.tensor(column, dtype=torch.int64) for column in (indices, keys or [0] * len(images))]
+    return Batch(torch.from_numpy(stacked), torch.from_numpy(targets), sizes, *numbers)
 
 
 class TrainShares(Dataset):
@@ -92,7 +92,8 @@ class TrainShares(Dataset):
         try:
             pairs = [self.transform(*self.dataset.read(draw.index), self._rng(draw)) for draw in share.mine]
             keys = [seeding.derive(self.seed, "dropout", draw.epoch, draw.index) >> 33 for draw in share.mine]
-            return pad_collate(*zip(*pairs, strict=True), [draw.index for draw in share.mine], self._size(share), keys)
+            images, labels = [image for image, _ in pairs], [label for _, label in pairs]
+            return pad_collate(images, labels, [draw.index for draw in share.mine], self._size(share), keys)
         except InputError as error:
             return error
 

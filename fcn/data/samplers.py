@@ -32,12 +32,13 @@ class GlobalBatchSampler(DistributedSampler):
     """This rank's share of every global batch from `start_step` on.
 
     The data of a run is one endless stream: a random order of the split, then another, and so on. Step s takes the
-    positions [s·B, (s+1)·B) of it, whatever the number of processes, and rank r the r-th part of those. So every image
-    is drawn once per epoch, no batch is short, and a resumed run starts at its step without reading what came before.
+    positions [s·B, (s+1)·B) of it, whatever the number of processes, and rank r of W those from ⌊r·B/W⌋ to ⌊(r+1)·B/W⌋:
+    parts that differ by at most one image, and may be empty. So every image is drawn once per epoch, no batch is short,
+    and a resumed run starts at its step without reading what came before.
 
     Args:
         dataset: anything with a length.
-        batch_size: global batch B, a multiple of `world_size`.
+        batch_size: global batch B.
         steps: the run's length; the last step is `steps - 1`.
         start_step: first step to draw.
     """
@@ -46,8 +47,6 @@ class GlobalBatchSampler(DistributedSampler):
         self, dataset: Sized, *, batch_size: int, steps: int, start_step: int, seed: int, rank: int, world_size: int
     ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
-        if batch_size % world_size:
-            raise ValueError(f"a global batch of {batch_size} cannot be shared equally by {world_size} ranks")
         self.batch_size, self.steps, self.start_step = batch_size, steps, start_step
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
@@ -65,10 +64,10 @@ class GlobalBatchSampler(DistributedSampler):
         return Draw(epoch, int(self._order[1][place]))
 
     def __iter__(self) -> Iterator[Share]:  # type: ignore[override]
-        part = self.batch_size // self.num_replicas
+        first, end = (place * self.batch_size // self.num_replicas for place in (self.rank, self.rank + 1))
         for step in range(self.start_step, self.steps):
             batch = self.global_batch(step)
-            yield Share(step, batch[self.rank * part : (self.rank + 1) * part], batch)
+            yield Share(step, batch[first:end], batch)
 
     def __len__(self) -> int:
         return max(0, self.steps - self.start_step)

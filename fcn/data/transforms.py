@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms import functional
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -30,13 +31,25 @@ class Plan(NamedTuple):
 
 
 class TrainTransform:
-    """Random resize, random crop, random horizontal flip.
+    """Random resize, random crop, random horizontal flip, random colours.
 
     An image smaller than the crop stays as it is; the collate pads it.
+
+    Args:
+        crop: height and width.
+        scale: range of the resize factor.
+        hflip: probability of a flip.
+        jitter: largest change of brightness, contrast, saturation and hue, as torchvision's ColorJitter takes them.
     """
 
-    def __init__(self, crop: tuple[int, int] | None, scale: tuple[float, float] | None, hflip: float) -> None:
-        self.crop, self.scale, self.hflip = crop, scale, hflip
+    def __init__(
+        self,
+        crop: tuple[int, int] | None,
+        scale: tuple[float, float] | None,
+        hflip: float,
+        jitter: tuple[float, float, float, float] | None = None,
+    ) -> None:
+        self.crop, self.scale, self.hflip, self.jitter = crop, scale, hflip, jitter
 
     def plan(self, size: tuple[int, int], rng: random.Random) -> Plan:
         """Choose everything for an image of `size` (height, width)."""
@@ -57,9 +70,25 @@ class TrainTransform:
     def __call__(self, image: Image.Image, labels: Image.Image, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
         """Returns image (h, w, 3) uint8 and labels (h, w) uint8."""
         plan = self.plan((image.height, image.width), rng)
-        pixels = np.asarray(resample(image, plan, Image.Resampling.BILINEAR))
+        resampled = resample(image, plan, Image.Resampling.BILINEAR)
+        pixels = np.asarray(self._recolour(resampled, rng) if self.jitter else resampled)
         classes = np.asarray(resample(labels, plan, Image.Resampling.NEAREST))
         return (pixels[:, ::-1], classes[:, ::-1]) if plan.flip else (pixels, classes)
+
+    def _recolour(self, image: Image.Image, rng: random.Random) -> Image.Image:
+        """In random order, as torchvision does; every number is drawn, so that none depends on which are used."""
+        order = sorted(range(4), key=[rng.random() for _ in range(4)].__getitem__)
+        draws = [2 * rng.random() - 1 for _ in range(4)]
+        for place in order:
+            change = self.jitter[place] * draws[place]
+            if change:
+                image = _ADJUST[place](image, change if place == 3 else 1 + change)
+        return image
+
+
+_ADJUST = (
+    functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation, functional.adjust_hue,
+)  # fmt: skip
 
 
 def resample(image: Image.Image, plan: Plan, how: Image.Resampling) -> Image.Image:
