@@ -8,6 +8,7 @@ Exit status: 0 finished, 2 the input is at fault, 75 preempted after saving.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import uuid
@@ -19,7 +20,7 @@ from fcn import checkpoint, cli, distributed, seeding, tracking
 from fcn.config import Config, load_config, save_config, to_dict
 from fcn.data.datasets import PairDataset, build_dataset
 from fcn.distributed import World
-from fcn.engine import Numerics, Run, fit
+from fcn.engine import fit
 from fcn.errors import InputError
 from fcn.models import MODELS, build_model
 from fcn.models.custom import examine
@@ -27,6 +28,7 @@ from fcn.models.layers import convert_dropout, convert_sync_batchnorm
 from fcn.optim import build_optimizer
 from fcn.preempt import StopFlag
 from fcn.pretrained import load_pretrained
+from fcn.run import Numerics, Run
 
 
 def main(argv: list[str], world: World) -> int:
@@ -174,7 +176,8 @@ def describe(run: Run, console: tracking.Console) -> None:
     """What runs where, in three lines."""
     config, world = run.config, run.world
     parameters = sum(p.numel() for p in run.model.parameters())
-    share = config.train.batch_size // world.size
+    low, high = config.train.batch_size // world.size, math.ceil(config.train.batch_size / world.size)
+    share = str(low) if low == high else f"{low} or {high}"
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     on = f"{world.size} x {device} ({world.launcher})"
     sizes = ", ".join(f"{name} {len(split)}" for name, split in run.splits.items())

@@ -11,9 +11,10 @@ from fcn.checkpoint import load_checkpoint
 from fcn.config import config_from_dict
 from fcn.data.datasets import build_dataset
 from fcn.distributed import World
-from fcn.engine import Numerics, evaluate
+from fcn.engine import evaluate
 from fcn.errors import InputError
 from fcn.models import build_model
+from fcn.run import Numerics
 
 EVALUATE = """Score a checkpoint on a split, each image once, at native label size.
 
@@ -57,7 +58,7 @@ def evaluate_command(path: str, split: str | None, output: str | None, overrides
     numerics = Numerics(config.train.precision, config.train.channels_last, world.device)
     model = numerics.place(build_model(config.model.name, len(dataset.classes), **config.model.arguments()))
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state.get("ema", state["model"]))
     except RuntimeError:
         raise InputError(f"{path}: holds another network than model.* describes; leave those keys as trained") from None
     matrix, images = evaluate(model, dataset, config, world, numerics)

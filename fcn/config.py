@@ -30,6 +30,13 @@ Byte = Annotated[int, Accept("a whole number from 0 to 255", lambda value: 0 <= 
 Size = Annotated[
     tuple[int, int], Accept("[height, width], two whole numbers, 1 or more", lambda value: min(value) >= 1)
 ]
+Jitter = Annotated[
+    tuple[float, float, float, float],
+    Accept(
+        "[brightness, contrast, saturation, hue], each from 0 to 1, hue to 0.5",
+        lambda value: all(0 <= x <= 1 for x in value) and value[3] <= 0.5,
+    ),
+]
 ScaleRange = Annotated[
     tuple[float, float], Accept("[low, high], two numbers with 0 < low <= high", lambda value: 0 < value[0] <= value[1])
 ]
@@ -61,6 +68,9 @@ class Data:
     """Range of the random resize factor before the crop. null leaves the size as it is."""
     hflip: UnitInterval = 0.5
     """Probability of a horizontal flip."""
+    jitter: Jitter | None = None
+    """Random colours: largest change of [brightness, contrast, saturation, hue], the first three as a fraction, hue as
+    a fraction of the circle. null leaves colours as they are."""
     workers: CountOrZero = 4
     """Data-loader processes per training process. 0 loads in the training process itself."""
 
@@ -137,8 +147,13 @@ PRETRAINED = {
 class Train:
     batch_size: Count
     """Images of one step over all processes. The run does not depend on how many processes share them."""
+    uneven: bool = False
+    """Accept a batch size that is no multiple of the number of processes, even one below it. The numbers stay the same,
+    and processes with fewer images wait for the others."""
     micro_batch: Count | None = None
-    """Most images per process and forward pass; more are accumulated. null: all of the process's share at once."""
+    """Most images per process and forward pass; more are accumulated. null: all of the process's share at once. With
+    sync_bn a network with BatchNorm needs the whole share for its statistics: then, on a GPU, what the backward pass
+    needs waits in host memory instead."""
     steps: Count | None = None
     """Length of the run in steps. Give this or `epochs`."""
     epochs: Positive | None = None
@@ -152,9 +167,16 @@ class Train:
     compile: bool = False
     """Compile the network with torch.compile."""
     deterministic: bool = False
-    """Ask PyTorch for deterministic kernels; an operation that has none is named in a warning."""
+    """Use deterministic kernels, so that a run repeats bit for bit on the same hardware and number of processes. An
+    operation that has none is named in the log. No cuDNN autotuning, so slower."""
     grad_clip: Positive | None = None
     """Largest global norm of the gradient. null: no clipping."""
+    ema: Momentum | None = None
+    """Decay per step of a moving average of the weights, such as 0.999; at step s at most (1 + s) / (10 + s). Then
+    evaluation scores the average, and best.pt holds it. null: none."""
+    max_nonfinite: CountOrZero = 3
+    """Most steps in a row without a finite loss and gradient. Such a step changes no weight on any process; one more
+    ends the run. fp16 may take 32 more, because its loss scale is found by halving it after such steps."""
     log_every: Count = 10
     """Steps between progress lines. Beside evaluation and saving, only these steps wait for the device."""
 
@@ -206,7 +228,8 @@ class Eval:
 @dataclass(slots=True, kw_only=True)
 class Checkpoint:
     every: Count = 500
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints; the last step is always saved. A save that is due right after a step without a finite
+    gradient is left out."""
     keep: Annotated[int, Accept("a whole number, 2 or more", lambda value: value >= 2)] = 3
     """Checkpoints kept, newest first, beside best.pt."""
 
@@ -297,8 +320,8 @@ def total_steps(train: Train, dataset_size: int) -> int:
 
 MAY_CHANGE = (
     "run_dir", "resume", "data.root", "data.val", "data.test", "data.workers",
-    "train.micro_batch", "train.steps", "train.epochs", "train.precision", "train.channels_last", "train.compile",
-    "train.deterministic", "train.log_every", "eval", "checkpoint", "wandb",
+    "train.uneven", "train.micro_batch", "train.steps", "train.epochs", "train.precision", "train.channels_last",
+    "train.compile", "train.deterministic", "train.log_every", "train.max_nonfinite", "eval", "checkpoint", "wandb",
 )  # fmt: skip
 """Keys that a resumed run may change: where things are, how they are computed, and the length of the run."""
 
@@ -346,14 +369,20 @@ def _cross_checks(parsed: Mapping[str, Any], source: str, world_size: int) -> li
             found.append(
                 f"{source}: train.steps, train.epochs: {state}; accepted: exactly one of them, the other null or absent"
             )
-    size = parsed.get("train.batch_size", 0)
-    if size % world_size:
+    size, uneven = parsed.get("train.batch_size", world_size), parsed.get("train.uneven", True)
+    if size % world_size and not uneven:
         below = size // world_size * world_size
         multiples = " or ".join(str(fit) for fit in (below, below + world_size) if fit)
         divisors = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
         found.append(
             f"{source}: train.batch_size: found {size}, which {world_size} processes cannot share equally; "
-            f"accepted: a multiple of {world_size}, such as {multiples}; or start {divisors} processes"
+            f"accepted: a multiple of {world_size}, such as {multiples}; or start {divisors} processes; "
+            f"or set train.uneven=true"
+        )
+    if size < world_size and uneven and not parsed.get("train.sync_bn", True):
+        found.append(
+            f"{source}: train.batch_size: found {size} for {world_size} processes without train.sync_bn, whose "
+            f"BatchNorm cannot do without images; accepted: {world_size} or more, or train.sync_bn=true"
         )
     if parsed.get("data.test") and parsed.get("data.test") == parsed.get("data.val"):
         found.append(

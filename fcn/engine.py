@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import sys
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,52 +17,21 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fcn import checkpoint, distributed, pictures, seeding
-from fcn.config import Config, config_changes, to_dict, total_steps
+from fcn.config import Config
 from fcn.data.datasets import PairDataset
 from fcn.data.loaders import Batch, Step, TrainShares, device_steps, eval_loader, train_loader
 from fcn.data.samplers import EvalSampler, GlobalBatchSampler
 from fcn.data.transforms import TrainTransform, rescale, to_input
 from fcn.distributed import World
 from fcn.errors import InputError
+from fcn.guard import KeptBuffers, NonFiniteGuard
 from fcn.losses import LOSSES
 from fcn.metrics import ConfusionMatrix
-from fcn.models.layers import SampleKeys
+from fcn.models.layers import SampleKeys, SyncBatchNorm2d
 from fcn.optim import learning_rate, set_learning_rate
 from fcn.preempt import StopFlag
+from fcn.run import Numerics, Run
 from fcn.tracking import Console, Pace, Record, Trackers, score_table, write_atomically
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-
-
-@dataclass(frozen=True, slots=True)
-class Numerics:
-    """How the forward pass computes."""
-
-    precision: str
-    channels_last: bool
-    device: torch.device
-
-    @property
-    def input_dtype(self) -> torch.dtype:
-        return torch.float64 if self.precision == "fp64" else torch.float32
-
-    def autocast(self) -> Any:
-        if self.precision in ("bf16", "fp16"):
-            return torch.autocast(self.device.type, DTYPES[self.precision])
-        return nullcontext()
-
-    def scaler(self) -> torch.amp.GradScaler:
-        """fp16 gradients underflow without scaling. Under the other precisions the scaler does nothing."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-
-    def place(self, model: nn.Module) -> nn.Module:
-        """Move a model to the device, the type and the memory format of the run, in place."""
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        model.to(self.device, self.input_dtype, memory_format=layout)
-        for parameter in model.parameters():
-            if parameter.ndim == 4:  # `to` leaves the strides of 1×1 kernels, DistributedDataParallel compares them
-                parameter.data = torch.empty_like(parameter, memory_format=layout).copy_(parameter.data)
-        return model
 
 
 def train_step(
@@ -75,26 +44,32 @@ def train_step(
     *,
     micro_batch: int | None,
     grad_clip: float | None,
-    world_size: int,
     aux_weight: float = 0.0,
     sample_keys: SampleKeys | None = None,
+    guard: NonFiniteGuard | None = None,
+    number: int = 0,
+    offload: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward, backward and update on this rank's share; nothing here waits for the device.
 
     The gradient is that of the loss sum over all valid pixels of the global batch, divided by their count: each rank
-    divides its sum by the global count, and multiplies by the world size because DistributedDataParallel averages.
+    divides its sum by the global count, and `distributed.data_parallel` adds the ranks' gradients.
 
     Args:
         loss_fn: (logits, labels) → sum over the valid pixels.
         micro_batch: most images per forward.
         aux_weight: weight of the loss of an auxiliary head, where the model returns {"out", "aux"}.
         sample_keys: where the model's dropout finds the keys of the samples.
+        guard: makes a step whose loss or gradient is not finite change nothing; `number` is the step's, from 0.
+        offload: keep what the backward pass needs in host memory.
 
     Returns:
         (this rank's loss sum divided by the global count, norm of the global gradient before clipping), on the device.
     """
     batch = step.batch
-    parts = max(1, math.ceil(len(batch.images) / (micro_batch or len(batch.images))))
+    share = len(batch.images)  # 0 on a rank beyond the batch size
+    parts = max(1, math.ceil(share / (micro_batch or share or 1)))
+    kept = KeptBuffers(model) if guard else None
     optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), dtype=numerics.input_dtype, device=batch.images.device)
     for part, micro in enumerate(zip(*(tensor.chunk(parts) for tensor in batch), strict=True), start=1):
@@ -102,7 +77,7 @@ def train_step(
         if sample_keys is not None:
             sample_keys.value = keys
         with distributed.local_gradients(model) if part < parts else nullcontext():
-            with numerics.autocast():
+            with numerics.autocast(), saved_on_host() if offload else nullcontext():
                 outputs = model(
                     to_input(images, sizes if step.padded else None, numerics.input_dtype, numerics.channels_last)
                 )
@@ -112,13 +87,42 @@ def train_step(
                 if "aux" in outputs:
                     part_loss = part_loss + aux_weight * loss_fn(outputs["aux"], labels.long())
                 part_loss = part_loss / max(1, step.valid_count)
-            scaler.scale(part_loss * world_size).backward()
-        loss += part_loss.detach()
+            loss += part_loss.detach()
+            if guard:  # 1 + 0·loss is 1, but NaN if the loss is not finite, and then so is every rank's summed gradient
+                part_loss = part_loss * (guard.gate * (1 + 0 * part_loss.detach()))
+            scaler.scale(part_loss).backward()
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    grad_norm = nn.utils.get_total_norm(gradients)
+    if grad_clip:
+        nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, grad_norm)
+    if guard:
+        finite = grad_norm.isfinite() & guard.gate.isfinite()
+        if not scaler.is_enabled():  # the fused optimizers skip the update on the device, as they do for the scaler
+            optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+        kept.restore_unless(finite)
+        guard.record(finite, number)
     scaler.step(optimizer)
     scaler.update()
     return loss, grad_norm
+
+
+def saved_on_host() -> AbstractContextManager:
+    """Inside, what the backward pass will need goes to host memory and comes back when it is needed.
+
+    Parameters stay, because they take no memory of their own, and so do small tensors.
+    """
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor | tuple[torch.device, torch.Tensor]:
+        if not tensor.is_cuda or isinstance(tensor, nn.Parameter) or tensor.numel() < 1 << 14:
+            return tensor
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        return tensor.device, host.copy_(tensor, non_blocking=True)
+
+    def unpack(packed: torch.Tensor | tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+        return packed if isinstance(packed, torch.Tensor) else packed[1].to(packed[0], non_blocking=True)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def infer(model: nn.Module, images: torch.Tensor, numerics: Numerics) -> torch.Tensor:
@@ -182,153 +186,70 @@ def evaluate(
     return matrix, int(seen.sum())
 
 
-class Run:
-    """Everything a run consists of, and its state as plain data."""
+@torch.inference_mode()
+def draw_panels(model: nn.Module, dataset: PairDataset, config: Config, numerics: Numerics, path: Path) -> None:
+    """Save image | label | prediction of some images of a split as one picture; on one rank alone."""
+    rows = []
+    was_training = model.training
+    model.eval()
+    # Spread over the split: neighbours are often frames of one video.
+    shown = min(config.eval.pictures, len(dataset))
+    try:
+        for index in (i * len(dataset) // shown for i in range(shown)):
+            image, mask = dataset.read(index)
+            pixels = np.array(rescale(image, config.eval.scale))
+            batch = torch.from_numpy(pixels)[None].to(numerics.device)
+            classes = predict(model, batch, (mask.height, mask.width), numerics)[0]
+            rows.append((np.asarray(image), np.asarray(mask), classes.cpu().numpy(), dataset.name(index)))
+    finally:  # rank 0 alone in evaluation mode would leave the other ranks waiting for its statistics
+        model.train(was_training)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures.panels(rows, dataset.classes).save(path)
 
-    def __init__(
-        self,
-        config: Config,
-        world: World,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        splits: dict[str, PairDataset],
-        tracker_id: str,
-        sample_keys: SampleKeys | None = None,
-    ) -> None:
-        self.config, self.world, self.model, self.optimizer, self.splits = config, world, model, optimizer, splits
-        self.sample_keys = sample_keys
-        self.numerics = Numerics(config.train.precision, config.train.channels_last, world.device)
-        self.scaler = self.numerics.scaler()
-        self.train_split = splits[config.data.train]
-        self.steps = total_steps(config.train, len(self.train_split))
-        self.folder = Path(config.run_dir)
-        self.checkpoints = self.folder / "checkpoints"
-        self.step = 0
-        """Finished steps. The position in the data and the learning rate follow from it."""
-        self.best: Record | None = None
-        self.last_eval: Record | None = None
-        self.tracker_id = tracker_id
 
-    def state(self) -> dict[str, Any]:
-        """Everything that shapes the rest of the run, as plain data."""
-        return {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "best": self.best,
-            "last_eval": self.last_eval,
-            "tracker_id": self.tracker_id,
-            "config": to_dict(self.config),
-            "classes": list(self.train_split.classes.names),
-            "train_images": len(self.train_split),
-            "world_size": self.world.size,
-            "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__), "numpy": np.__version__},
-        }
-
-    def load(self, state: dict[str, Any], source: Path) -> list[str]:
-        """Continue from a checkpoint's state; returns the config differences that are allowed.
-
-        Raises:
-            InputError: the checkpoint belongs to another run, or has no training state.
-        """
-        if "optimizer" not in state:
-            raise InputError(f"{source}: holds weights only; resume from a step_*.pt file")
-        fatal, harmless = config_changes(state["config"], to_dict(self.config))
-        if state["train_images"] != len(self.train_split):
-            fatal.append(f"images of the training split: {state['train_images']} → {len(self.train_split)}")
-        if fatal:
-            raise InputError(
-                f"{source}: this checkpoint belongs to another run: {'; '.join(fatal)}; "
-                f"set these keys back to resume, or give the new run its own run_dir"
-            )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, moments in self.optimizer.state.items():
-            for name, moment in moments.items():
-                if moment.shape == parameter.shape:  # in the parameter's memory format, which the run may have changed
-                    moments[name] = torch.empty_like(parameter).copy_(moment)
-        if self.scaler.is_enabled() and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        self.step, self.best, self.last_eval = state["step"], state["best"], state["last_eval"]
-        if source.parent == self.checkpoints:  # a run that starts from another run's checkpoint is tracked by itself
-            self.tracker_id = state["tracker_id"]
-        return harmless
-
-    def save(self) -> None:
-        """Rank 0 writes the checkpoint; the others have nothing that it lacks."""
-        if self.world.rank == 0:
-            checkpoint.save_checkpoint(checkpoint.checkpoint_path(self.checkpoints, self.step), self.state())
-            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep)
-
-    def save_best(self) -> None:
-        """best.pt: the weights and what they are, without what only resuming needs."""
-        if self.world.rank == 0:
-            state = {key: value for key, value in self.state().items() if key not in ("optimizer", "scaler")}
-            checkpoint.save_checkpoint(self.checkpoints / "best.pt", state)
-
-    def score(self, model: nn.Module, split: str, trackers: Trackers) -> Record:
-        """Evaluate and record a split, and draw panels of some of its images."""
-        dataset = self.splits[split]
-        if not self.config.train.sync_bn:  # score the statistics that are saved, not each rank's own
-            distributed.copy_from_rank_0(self.model.buffers())
-        matrix, images = evaluate(model, dataset, self.config, self.world, self.numerics)
-        scores = matrix.scores(dataset.classes.names)
-        record = {"event": "eval", "step": self.step, "split": split, **scores, "images": images}
-        trackers.log(record)
-        if self.world.rank == 0 and self.config.eval.pictures:
-            path = self.folder / "pictures" / f"{split}_{self.step:08d}.png"
-            trackers.attempt(lambda: self._draw_panels(model, dataset, path), path.name)
-        return record
-
-    @torch.inference_mode()
-    def _draw_panels(self, model: nn.Module, dataset: PairDataset, path: Path) -> None:
-        rows = []
-        was_training = model.training
-        model.eval()
-        # Spread over the split: neighbours are often frames of one video.
-        shown = min(self.config.eval.pictures, len(dataset))
-        try:
-            for index in (i * len(dataset) // shown for i in range(shown)):
-                image, mask = dataset.read(index)
-                pixels = np.array(rescale(image, self.config.eval.scale))
-                batch = torch.from_numpy(pixels)[None].to(self.world.device)
-                classes = predict(model, batch, (mask.height, mask.width), self.numerics)[0]
-                rows.append((np.asarray(image), np.asarray(mask), classes.cpu().numpy(), dataset.name(index)))
-        finally:  # rank 0 alone in evaluation mode would leave the other ranks waiting for its statistics
-            model.train(was_training)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pictures.panels(rows, dataset.classes).save(path)
+def score(run: Run, model: nn.Module, split: str, trackers: Trackers) -> Record:
+    """Evaluate and record a split, and draw panels of some of its images."""
+    dataset, config = run.splits[split], run.config
+    if not config.train.sync_bn:  # score the statistics that are saved, not each rank's own
+        for scored in (run.model, run.average.model) if run.average else (run.model,):
+            distributed.copy_from_rank_0(scored.buffers())
+    matrix, images = evaluate(model, dataset, config, run.world, run.numerics)
+    scores = matrix.scores(dataset.classes.names)
+    record = {"event": "eval", "step": run.step, "split": split, **scores, "images": images}
+    trackers.log(record)
+    if run.world.rank == 0 and config.eval.pictures:
+        path = run.folder / "pictures" / f"{split}_{run.step:08d}.png"
+        trackers.attempt(lambda: draw_panels(model, dataset, config, run.numerics, path), path.name)
+    return record
 
 
 def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Record:
     """Train from `run.step` to the end or to a signal, and return the summary."""
     config, world, train = run.config, run.world, run.config.train
     network = torch.compile(run.model) if train.compile else run.model
+    scored = network
+    if run.average:
+        scored = torch.compile(run.average.model) if train.compile else run.average.model
     parallel = distributed.data_parallel(network, world, train.sync_bn)
     parallel.train()
-    step_args = {
-        "micro_batch": train.micro_batch,
-        "grad_clip": train.grad_clip,
-        "world_size": world.size,
-        "aux_weight": config.loss.aux_weight,
-        "sample_keys": run.sample_keys,
-    }
+    if run.average and run.step == 0:  # not before all ranks have equal weights
+        run.average.reset()
+    settings = _step_settings(run)
     loss = grad_norm = None
     pace = Pace(train.batch_size, run.step, run.steps)
     for data in _training_data(run, stop):
         if data.stop:
-            if loss is not None:
-                _finite_loss(run, loss, grad_norm)
+            _check_steps(run)
             run.save()
             return _summary(run, "preempted")
         lr = learning_rate(run.step, run.steps, config.optim)
         set_learning_rate(run.optimizer, lr)
         # For networks that draw random numbers by themselves: a resumed run draws the same ones.
         torch.manual_seed(seeding.derive(config.seed, "forward", run.step, world.rank))
-        loss, grad_norm = train_step(
-            parallel, data, LOSSES[config.loss.name], run.optimizer, run.scaler, run.numerics, **step_args
-        )
+        with _naming_nondeterminism(console) if train.deterministic and pace.first else nullcontext():
+            loss, grad_norm = train_step(parallel, data, number=run.step, **settings)
+        if run.average:
+            run.average.update(run.step)
         run.step += 1
         pace.step(data.waited_s)
         last = run.step == run.steps
@@ -336,46 +257,95 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
             last or run.step % every == 0 for every in (train.log_every, config.eval.every, config.checkpoint.every)
         )
         if log_due or eval_due or save_due:
-            value = _finite_loss(run, loss, grad_norm)
+            skipped, streak = _check_steps(run)
         if log_due:
-            epoch = run.step * train.batch_size / len(run.train_split)
-            record = {"event": "train", "step": run.step, "steps": run.steps, "epoch": epoch, "loss": value, "lr": lr}
-            trackers.log(record | {"grad_norm": float(grad_norm), **pace.read()})
+            record = {"event": "train", "step": run.step, "steps": run.steps}
+            record |= {"epoch": run.step * train.batch_size / len(run.train_split)}
+            record |= {"loss": _or_none(distributed.all_reduce_sum(loss.clone())), "lr": lr}
+            trackers.log(record | {"grad_norm": _or_none(grad_norm), "skipped": skipped, **pace.read()})
         if eval_due:
             with pace.paused():
-                run.last_eval = run.score(network, config.data.val, trackers)
+                run.last_eval = score(run, scored, config.data.val, trackers)
                 if run.best is None or (run.last_eval["miou"] or 0) > run.best["miou"]:
                     run.best = {"miou": run.last_eval["miou"] or 0.0, "step": run.step}
                     run.save_best()
-        if save_due:
+        if save_due and (last or not streak):  # weights that give no finite loss may be no good to resume from
             with pace.paused():
                 run.save()
-    return _finish(run, network, console, trackers)
+    return _finish(run, scored, console, trackers)
+
+
+def _step_settings(run: Run) -> dict[str, Any]:
+    """The arguments of `train_step` that stay the same over a run."""
+    train = run.config.train
+    micro_batch, offload = accumulation(run.model, train.micro_batch, math.ceil(train.batch_size / run.world.size))
+    return {
+        "loss_fn": LOSSES[run.config.loss.name],
+        "optimizer": run.optimizer,
+        "scaler": run.scaler,
+        "numerics": run.numerics,
+        "micro_batch": micro_batch,
+        "grad_clip": train.grad_clip,
+        "aux_weight": run.config.loss.aux_weight,
+        "sample_keys": run.sample_keys,
+        "guard": run.guard,
+        "offload": offload,
+    }
+
+
+def accumulation(model: nn.Module, micro_batch: int | None, share: int) -> tuple[int | None, bool]:
+    """(images per forward, whether to offload) of a rank with `share` images.
+
+    Statistics of the global batch need the whole share at once.
+    """
+    if micro_batch and any(isinstance(module, SyncBatchNorm2d) for module in model.modules()):
+        return None, share > micro_batch
+    return micro_batch, False
+
+
+@contextmanager
+def _naming_nondeterminism(console: Console) -> Iterator[None]:
+    """Say which operations PyTorch warned about, once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    texts = [str(warning.message) for warning in caught]
+    names = {match.group(1) for text in texts if (match := re.match(r"(\S+) does not have a deterministic", text))}
+    for warning in caught:
+        if "does not have a deterministic" not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
+    if names:
+        console.line(f"note: train.deterministic: no deterministic kernel for {', '.join(sorted(names))}")
 
 
 def _training_data(run: Run, stop: StopFlag) -> Iterator[Step]:
     config, world, dataset = run.config, run.world, run.train_split
-    transform = TrainTransform(config.data.crop, config.data.scale, config.data.hflip)
-    sampler = GlobalBatchSampler(
-        dataset,
-        batch_size=config.train.batch_size,
+    transform = TrainTransform(config.data.crop, config.data.scale, config.data.hflip, config.data.jitter)
+    shares = TrainShares(dataset, transform, config.seed)
+    loader = train_loader(shares, _sampler(run), config.data.workers, world.device)
+    return device_steps(loader, world.device, stop)
+
+
+def _sampler(run: Run) -> GlobalBatchSampler:
+    return GlobalBatchSampler(
+        run.train_split,
+        batch_size=run.config.train.batch_size,
         steps=run.steps,
         start_step=run.step,
-        seed=config.seed,
-        rank=world.rank,
-        world_size=world.size,
+        seed=run.config.seed,
+        rank=run.world.rank,
+        world_size=run.world.size,
     )
-    loader = train_loader(TrainShares(dataset, transform, config.seed), sampler, config.data.workers, world.device)
-    return device_steps(loader, world.device, stop)
 
 
 def _finish(run: Run, model: nn.Module, console: Console, trackers: Trackers) -> Record:
     """Score the test split if there is one, draw the curves, write the summary."""
     final = run.last_eval
     if run.config.data.test:
-        final = run.score(model, run.config.data.test, trackers)
+        final = score(run, model, run.config.data.test, trackers)
     elif final is None or final["step"] != run.step:  # a resumed run whose train.steps was lowered
-        final = run.score(model, run.config.data.val, trackers)
+        final = score(run, model, run.config.data.val, trackers)
     if run.world.rank == 0:
         folder = run.folder / "pictures"
         folder.mkdir(exist_ok=True)
@@ -401,18 +371,28 @@ def _summary(run: Run, status: str, final: Record | None = None) -> Record:
     return summary
 
 
-def _finite_loss(run: Run, loss: torch.Tensor, grad_norm: torch.Tensor) -> float:
-    """The global loss of the last step. Called before every save, so that no checkpoint holds weights that are NaN.
+def _check_steps(run: Run) -> tuple[int, int]:
+    """Look at the guard, which waits for the device.
+
+    Returns:
+        (steps that it has skipped so far, those of them that were the last ones).
 
     Raises:
-        InputError: on every rank, if the loss is not finite, or the gradient where no scaler skips such a step.
+        InputError: on every rank, if too many in a row were not finite.
     """
-    value, norm = float(distributed.all_reduce_sum(loss.clone())), float(grad_norm)
-    if math.isfinite(value) and (math.isfinite(norm) or run.scaler.is_enabled()):
-        return value
+    skipped, streak, tripped_at = run.guard.read()
+    if tripped_at is None:
+        return skipped, streak
+    names = sorted({run.train_split.name(draw.index) for draw in _sampler(run).global_batch(tripped_at)})
+    shown = ", ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
     good = checkpoint.list_checkpoints(run.checkpoints)
-    where = f"the last checkpoint before is {good[-1]}" if good else "there is no checkpoint yet"
     raise InputError(
-        f"step {run.step}: the loss is {value} and the gradient's norm {norm}; "
-        f"lower optim.lr, lengthen optim.warmup or set train.grad_clip; {where}"
+        f"step {tripped_at + 1}: the loss or the gradient was not finite, {run.guard.limit + 1} times in a row; the "
+        f"images of that step are {shown}; lower optim.lr, lengthen optim.warmup or set train.grad_clip; "
+        + (f"the last checkpoint is {good[-1]}" if good else "there is no checkpoint yet")
     )
+
+
+def _or_none(value: torch.Tensor) -> float | None:
+    """A number that JSON can hold."""
+    return float(value) if value.isfinite() else None

@@ -19,7 +19,8 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         scalar, float32 or the logits' wider type.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    # Summed apart: the fused sum of a GPU adds in no fixed order.
+    return F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="none").sum()
 
 
 LOSSES = {"cross_entropy": cross_entropy}

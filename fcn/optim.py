@@ -1,7 +1,8 @@
-"""Optimizers, and the learning rate as a pure function of the step."""
+"""Optimizers, the learning rate as a pure function of the step, and the moving average of the weights."""
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -19,7 +20,12 @@ def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     ]
     # One kernel for all parameters instead of several a parameter, and on a GPU no host sync under gradient scaling.
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+        if config.momentum:
+            # SGD allocates its buffers without filling them, which only a first step that is not skipped makes good.
+            for parameter in parameters:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
 
 
@@ -46,3 +52,32 @@ def learning_rate(step: int, steps: int, config: Optim) -> float:
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+class WeightAverage:
+    """Exponential moving average of a network's parameters and floating-point buffers (Polyak, Juditsky 1992).
+
+    The decay of step s (0, 1, …) is min(decay, (1 + s) / (10 + s)), so that the start is soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.model = decay, copy.deepcopy(model).eval().requires_grad_(False)
+        averages, values = self.model.state_dict().values(), model.state_dict().values()
+        # A tensor that stands under two names, as tied weights do, is averaged once.
+        pairs = list({average.data_ptr(): (average, value) for average, value in zip(averages, values)}.values())
+        self.floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        self.counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    def reset(self) -> None:
+        """Start from the weights as they are."""
+        for average, value in (*self.floats, *self.counters):
+            average.copy_(value)
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after step `step` (0, 1, …)."""
+        averages, values = zip(*self.floats, strict=True)
+        torch._foreach_lerp_(averages, values, 1 - min(self.decay, (1 + step) / (10 + step)))
+        if self.counters:
+            averages, values = zip(*self.counters, strict=True)
+            torch._foreach_copy_(averages, values)

@@ -77,7 +77,7 @@ class Console:
             parts = (
                 f"step {record['step']}/{record['steps']}",
                 f"epoch {record['epoch']:.2f}",
-                f"loss {record['loss']:.4f}",
+                "loss not finite" if record["loss"] is None else f"loss {record['loss']:.4f}",
                 f"lr {record['lr']:.2e}",
                 f"{record['images_per_s']:.1f} images/s",
                 f"data wait {record['data_wait']:.0%}",
@@ -250,6 +250,11 @@ class Pace:
         self.began = time.perf_counter()
         self.count, self.waited_s, self.paused_s = 0, 0.0, 0.0
         self.total_s, self.total_count = 0.0, 0
+
+    @property
+    def first(self) -> bool:
+        """Whether no step has been counted yet."""
+        return self.count == 0 and self.total_count == 0
 
     def step(self, waited_s: float) -> None:
         self.count += 1
