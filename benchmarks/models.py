@@ -25,10 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fcn.config import Optim
 from fcn.data.loaders import Batch, Step
-from fcn.engine import DTYPES, Numerics, infer, train_step
+from fcn.engine import infer, train_step
 from fcn.losses import cross_entropy
 from fcn.models import MODELS, build_model
 from fcn.optim import build_optimizer
+from fcn.run import DTYPES, Numerics
 
 CLASSES = 21
 VARIANTS = [
@@ -112,7 +113,7 @@ def measure(name: str, options: dict, size: tuple[int, int], batch: int, numeric
     def train() -> None:
         train_step(
             model, step, cross_entropy, optimizer, scaler, numerics,
-            micro_batch=None, grad_clip=None, world_size=1, aux_weight=0.5,
+            micro_batch=None, grad_clip=None, aux_weight=0.5,
         )  # fmt: skip
 
     model.train()
