@@ -593,11 +593,24 @@ def test_batch_that_the_processes_share_equally(load, world_size):
 @pytest.mark.parametrize(
     ("world_size", "remedy"), [(5, "such as 10 or 15"), (8, "such as 8 or 16"), (13, "such as 13;")]
 )
-def test_batch_that_the_processes_cannot_share(problems, world_size, remedy):
+def test_batch_that_the_processes_cannot_share_equally(load, problems, world_size, remedy):
     (problem,) = problems(world_size=world_size)
     assert f"train.batch_size: found 12, which {world_size} processes cannot share equally" in problem
     assert remedy in problem
-    assert "start 1, 2, 3, 4, 6, 12 processes" in problem
+    assert "start 1, 2, 3, 4, 6, 12 processes; or set train.uneven=true" in problem
+    assert load(world_size=world_size, overrides=["train.uneven=true"]).train.batch_size == 12
+
+
+def test_without_sync_bn_every_process_needs_an_image(problems):
+    (problem,) = problems(GOOD.replace("steps: 400", "steps: 400\n  sync_bn: false\n  uneven: true"), world_size=13)
+    assert "train.batch_size: found 12 for 13 processes without train.sync_bn" in problem
+    assert "13 or more, or train.sync_bn=true" in problem
+
+
+@pytest.mark.parametrize("jitter", ["[0.1, 0.1, 0.1]", "[0.1, 0.1, 0.1, 0.6]", "[-0.1, 0, 0, 0]", "0.4"])
+def test_colour_jitter_is_four_numbers(problems, jitter):
+    (problem,) = problems(overrides=[f"data.jitter={jitter}"])
+    assert "accepted: [brightness, contrast, saturation, hue], each from 0 to 1, hue to 0.5" in problem
 
 
 def test_all_problems_are_reported_together_one_a_line(problems, file):

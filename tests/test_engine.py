@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fcn.engine import Numerics, infer
+from fcn.engine import infer
 from fcn.models import build_model
+from fcn.run import Numerics
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])

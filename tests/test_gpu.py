@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch import nn
 
+from fcn import distributed
 from fcn.config import Optim
 from fcn.data.loaders import Batch, Step
 from fcn.distributed import World
-from fcn.engine import Numerics, train_step
+from fcn.engine import train_step
+from fcn.guard import NonFiniteGuard
 from fcn.losses import cross_entropy
 from fcn.models import build_model
 from fcn.models.layers import convert_sync_batchnorm
 from fcn.optim import build_optimizer
+from fcn.run import Numerics
 from tests.dist.ranks import run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -43,10 +46,13 @@ def test_training_lowers_the_loss_without_a_host_sync(precision: str, channels_l
     network = torch.compile(model) if compiled else model
     scaler, step = numerics.scaler(), make_step()
 
+    guard = NonFiniteGuard(3, torch.device("cuda"))
+
     def train() -> torch.Tensor:
         return train_step(
-            network, step, cross_entropy, optimizer, scaler, numerics, micro_batch=2, grad_clip=1.0, world_size=1
-        )[0]
+            network, step, cross_entropy, optimizer, scaler, numerics,
+            micro_batch=2, grad_clip=1.0, guard=guard, number=0,
+        )[0]  # fmt: skip
 
     first = [train() for _ in range(3)]  # warm-up: compilation and cached constants may wait for the device
     torch.cuda.set_sync_debug_mode("error")
@@ -83,3 +89,48 @@ def test_sync_bn_of_two_gloo_ranks_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -
     for position, expected in enumerate((output.detach(), images.grad)):
         found = torch.cat([torch.tensor(rank[position], dtype=torch.float64) for rank in ranks])
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def amp_rank(world: World, precision: str) -> list:
+    """Gradients of one step of a network with sync-BN, under autocast, each rank with its part of the images."""
+    torch.manual_seed(0)
+    step = make_step()
+    mine = slice(*(place * IMAGES // world.size for place in (world.rank, world.rank + 1)))
+    step = step._replace(batch=Batch(*(tensor[mine] for tensor in step.batch)))
+    numerics = Numerics(precision, True, world.device)
+    model = numerics.place(convert_sync_batchnorm(build_model("unet", CLASSES, width=8)))
+    train_step(
+        distributed.data_parallel(model, world, sync_bn=True), step, cross_entropy,
+        build_optimizer(model, Optim(lr=1e-9)), numerics.scaler(), numerics,
+        micro_batch=None, grad_clip=None,
+    )  # fmt: skip
+    return [parameter.grad.flatten().tolist() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-12), ("fp32", 1e-3), ("bf16", 5e-2), ("fp16", 5e-2)])
+def test_gradient_of_two_gloo_ranks_on_one_gpu(monkeypatch, precision: str, tolerance: float) -> None:
+    monkeypatch.setenv("FCN_BACKEND", "gloo")
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    alone, shared = (run_ranks(size, amp_rank, precision, devices=devices)[0] for size in (1, 2))
+    for one, other in zip(shared, alone, strict=True):
+        expected = torch.tensor(other, dtype=torch.float64)
+        difference = (torch.tensor(one, dtype=torch.float64) - expected).norm()
+        assert difference <= tolerance * expected.norm().clamp_min(1e-6)
+
+
+def test_what_waits_in_host_memory_gives_the_same_gradient_for_less_device_memory() -> None:
+    results = []
+    for offload in (False, True):
+        torch.manual_seed(0)
+        numerics = Numerics("fp32", True, torch.device("cuda"))
+        model = numerics.place(build_model("unet", CLASSES, width=16))
+        optimizer = build_optimizer(model, Optim(lr=1e-9))
+        torch.cuda.reset_peak_memory_stats()
+        train_step(
+            model, make_step(), cross_entropy, optimizer, numerics.scaler(), numerics,
+            micro_batch=None, grad_clip=None, offload=offload,
+        )  # fmt: skip
+        results.append(([p.grad.clone() for p in model.parameters()], torch.cuda.max_memory_allocated()))
+    for one, other in zip(*(grads for grads, _ in results), strict=True):
+        torch.testing.assert_close(one, other)
+    assert results[1][1] < results[0][1]

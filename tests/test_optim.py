@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fcn.config import Optim
-from fcn.optim import build_optimizer, learning_rate, set_learning_rate
+from fcn.optim import WeightAverage, build_optimizer, learning_rate, set_learning_rate
 
 SCHEDULES = ("poly", "cosine", "step", "constant")
 
@@ -86,6 +86,22 @@ def test_only_parameters_of_several_dimensions_are_decayed(name):
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_first_step_that_is_skipped_on_the_device_leaves_no_trace(name):
+    """Otherwise SGD's momentum would be whatever stood in memory; fp16 skips its first steps as a rule."""
+    results = []
+    for skipped in (0, 3):
+        weight = nn.Parameter(torch.tensor([[1.0, -2.0]]))
+        optimizer = build_optimizer(nn.ParameterList([weight]), Optim(name=name, lr=0.1, weight_decay=0.0))
+        for step in range(skipped + 2):
+            bad = step < skipped
+            weight.grad = torch.full((1, 2), float("nan") if bad else 0.5)
+            optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(float(bad))
+            optimizer.step()
+        results.append(weight.detach().clone())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_frozen_parameters_are_left_out(name):
     model = nn.Linear(3, 2)
     model.weight.requires_grad_(False)
@@ -127,3 +143,32 @@ def test_steps_equal_the_computation_by_hand(name, by_hand, steps):
         optimizer.step()
     np.testing.assert_allclose(model.weight.detach().numpy(), expected[0], rtol=0, atol=1e-14)
     np.testing.assert_allclose(model.bias.detach().numpy(), expected[1], rtol=0, atol=1e-14)
+
+
+def test_the_average_equals_the_computation_by_hand():
+    model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1))
+    average = WeightAverage(model, 0.5)
+    weight, mean = float(model[0].weight.detach()), 0.0
+    for step, value in enumerate((3.0, -1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0, 5.0, 3.0, 5.0)):
+        with torch.no_grad():
+            model[0].weight.fill_(value)
+            model[1].running_mean.fill_(-value)
+            model[1].num_batches_tracked += 1
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        weight, mean = decay * weight + (1 - decay) * value, decay * mean - (1 - decay) * value
+        assert float(average.model[0].weight) == pytest.approx(weight, rel=1e-6)
+        assert float(average.model[1].running_mean) == pytest.approx(mean, rel=1e-6)
+        assert int(average.model[1].num_batches_tracked) == step + 1
+    average.reset()
+    assert all(torch.equal(a, b) for a, b in zip(average.model.state_dict().values(), model.state_dict().values()))
+    assert not average.model.training
+    assert model.training
+
+
+def test_the_average_has_no_part_in_training():
+    model = nn.Linear(2, 2)
+    average = WeightAverage(model, 0.9)
+    assert not any(parameter.requires_grad for parameter in average.model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not {id(p) for p in average.model.parameters()} & {id(p) for p in model.parameters()}

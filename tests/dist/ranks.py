@@ -21,6 +21,8 @@ from fcn import distributed
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 180
+IMPORTS: tuple[str, ...] = ()
+"""Folders with modules of a test, for the processes that it starts."""
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, devices: str = "") -> list[Any]:
@@ -84,7 +86,7 @@ def environment() -> dict[str, str]:
     """Without GPUs, credentials, or variables of a launcher around the tests."""
     hidden = ("SLURM_", "WANDB_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
-    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(CHECKOUT)}
+    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ":".join((str(CHECKOUT), *IMPORTS))}
 
 
 def run(processes: int, *arguments: str, status: int | None = 0) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,16 +60,19 @@ def spoil_jpeg(root: Path, name: str) -> None:
 
 
 FAULTS = {
-    "unknown key": (edit("lr: ", "lrr: "), ["optim.lrr: unknown key; did you mean optim.lr?"]),
-    "duplicate key": (edit("seed: 0", "seed: 0\nseed: 1"), ["seed: found twice", "keep one"]),
-    "1e-3": (edit("lr: 0.02", "lr: 1e-3"), ["optim.lr: found the text '1e-3'", "a number above 0", "write 0.001"]),
-    "batch not divisible": (edit("batch_size: 12", "batch_size: 13"), ["found 13", "2 processes", "12 or 14"]),
     "missing folder": (edit("root: ", "root: /no/such/place"), ["data.root: /no/such/place", "no such folder"]),
     "image without mask": (in_data(remove_mask), ["SegmentationClass/", "no such file", "remove the entry"]),
     "mask of another size": (in_data(resize_mask), ["SegmentationClass/", "found a mask of", "equal sizes"]),
     "label above the classes": (in_data(spoil_label), ["found label 42", "0 to 6 (7 classes)"]),
     "unreadable JPEG": (in_data(spoil_jpeg), ["JPEGImages/", "broken image", "remove it from the split"]),
-    "negative crop": (edit("crop:\n  - 48", "crop:\n  - -48"), ["data.crop: found [-48, 48]", "1 or more"]),
+}
+
+CONFIG_FAULTS = {
+    "warmup: ": ("warmupp: ", ["optim.warmupp: unknown key; did you mean optim.warmup?"]),
+    "seed: 0": ("seed: 0\nseed: 1", ["seed: found twice", "keep one"]),
+    "lr: 0.02": ("lr: 1e-3", ["optim.lr: found the text '1e-3'", "a number above 0", "write 0.001"]),
+    "batch_size: 12": ("batch_size: 13", ["found 13", "2 processes", "12 or 14"]),
+    "crop:\n  - 48": ("crop:\n  - -48", ["data.crop: found [-48, 48]", "1 or more"]),
 }
 
 
@@ -79,16 +83,39 @@ def test_one_line_and_every_rank_gone(tiny, shapes_root: Path, tmp_path: Path, f
     shutil.copytree(shapes_root, root)
     config = Path(tiny(data__root=str(root), data__workers=1))
     change(config, root)
+    lines = complaints(config)
+    assert 1 <= len(lines) <= 2, "ranks that met different files name each"
+    assert all(words in line for words in expected for line in lines)
+
+
+def test_every_fault_of_a_config_has_its_line(tiny) -> None:
+    config = Path(tiny())
+    for old, (new, _) in CONFIG_FAULTS.items():
+        edit(old, new)(config, config)
+    lines = complaints(config)
+    assert len(lines) == len(CONFIG_FAULTS)
+    for _, expected in CONFIG_FAULTS.values():
+        assert sum(all(words in line for words in expected) for line in lines) == 1
+
+
+def complaints(config: Path) -> list[str]:
+    """The lines that a run on two processes leaves, which must be all that it leaves."""
     with started(2, "train_ddp.py", "--config", str(config), stderr=subprocess.PIPE) as process:
-        complaint = next(line for line in process.stderr if line.startswith("error: "))
-        rest = process.communicate(timeout=GONE_WITHIN_S)[1]
+        first = next(line for line in process.stderr if line.startswith("error: "))
+        too_late = threading.Timer(GONE_WITHIN_S, process.kill_all)
+        too_late.start()
+        rest = process.stderr.read()
+        process.wait()
+        assert too_late.is_alive(), f"everybody is gone within {GONE_WITHIN_S} s"
+        too_late.cancel()
         assert not process.family(), "nobody is left"
-    for words in expected:
-        assert words in complaint
     ours = rest.partition("torch/distributed/")[0]  # torchrun's own report follows
     assert "Traceback" not in ours
     assert "exitcode  : 2 " in rest, "torchrun reports the ranks' own status"
-    assert complaint.removeprefix("error: ").split(" [rank")[0].strip() in rest, "and the cause"
+    lines = [first, *(line for line in ours.splitlines() if line.startswith("error: "))]
+    for line in lines:
+        assert line.removeprefix("error: ").split(" [rank")[0].strip() in rest, "and the cause"
+    return lines
 
 
 def test_plain_python_exits_with_2_and_all_problems_at_once(tiny) -> None:

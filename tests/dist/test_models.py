@@ -90,8 +90,7 @@ def two_steps(world: World, name: str, options: dict, side: int) -> tuple[list[s
         step = make_step(2 * world.size, side, world.rank, world.size)
         for _ in range(2):
             train_step(
-                parallel, step, cross_entropy, optimizer, numerics.scaler(), numerics, micro_batch=None, grad_clip=None,
-                world_size=world.size, aux_weight=0.5, sample_keys=keys,
+                parallel, step, cross_entropy, optimizer, numerics.scaler(), numerics, micro_batch=None, grad_clip=None, aux_weight=0.5, sample_keys=keys,
             )  # fmt: skip
     still = [key for key, parameter in model.named_parameters() if torch.equal(parameter, before[key])]
     return said, still, checksums(model)
@@ -213,7 +212,7 @@ def dropping_step(
     loss, _ = train_step(
         parallel, make_step(IMAGES, side, world.rank, world.size), cross_entropy,
         torch.optim.SGD(model.parameters(), lr=0.0), numerics.scaler(), numerics, micro_batch=micro_batch,
-        grad_clip=None, world_size=world.size, aux_weight=0.5, sample_keys=keys,
+        grad_clip=None, aux_weight=0.5, sample_keys=keys,
     )  # fmt: skip
     total = float(distributed.all_reduce_sum(loss))
     gradients = [parameter.grad.contiguous().numpy() for parameter in model.parameters()]

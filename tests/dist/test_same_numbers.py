@@ -1,0 +1,125 @@
+"""The world size decides how fast a run is, not what it computes. The measurements are those of the benchmark."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from benchmarks.same_numbers import (
+    NETWORKS,
+    confusion_matrices,
+    end_of_run,
+    gradient_table,
+    run_config,
+    spread,
+    train,
+)
+from fcn.checkpoint import load_checkpoint
+from tests.dist.ranks import run, run_ranks, started, wait_for_line
+from tests.dist.test_run import assert_same_tensors
+
+
+def test_gradient_of_every_network_is_the_same_and_that_of_plain_pytorch() -> None:
+    """Global batch 12 with very unequal ignore areas, one image ignored entirely; with and without accumulation.
+
+    Five processes hold two or three of the twelve images.
+    """
+    table = gradient_table((2, 3, 4, 5), (1, 3), list(NETWORKS))
+    assert set(table) == set(NETWORKS)
+    values = {label: [value for value in entries.values() if value is not None] for label, entries in table.items()}
+    assert {label: found for label, found in values.items() if not all(value <= 1e-12 for value in found)} == {}
+    assert all(any(value > 0 for value in found) for found in values.values()), "rounding must show"
+    assert sum(entries["accumulated"] is not None for entries in table.values()) == 6, "networks without BatchNorm"
+
+
+STEPS = 100
+OTHERS = ((2, 2), (3, 2), (1, 0), (2, 0), (4, 0))
+
+
+@pytest.fixture(scope="module")
+def alone(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """The end of a run of 100 steps in float64 on one process, with two workers."""
+    return train(1, shapes_root, "fp64", STEPS, 2, tmp_path_factory.mktemp("alone") / "1")
+
+
+@pytest.mark.parametrize(
+    ("processes", "workers"),
+    [(4, 2), (3, 0), *(pytest.param(*case, marks=pytest.mark.campaign) for case in OTHERS)],
+)
+def test_a_hundred_steps_end_with_the_same_weights(alone, shapes_root, tmp_path, processes: int, workers: int) -> None:
+    """Crop, flip, jitter, sync-BN, clipping and the average of the weights all take part."""
+    end = train(processes, shapes_root, "fp64", STEPS, workers, tmp_path / "run")
+    assert len(end["loss"]) == STEPS
+    assert all(value <= 1e-9 for value in spread(end, alone).values())
+
+
+def test_interrupted_on_four_continued_on_one_three_and_two(alone, shapes_root: Path, tmp_path: Path) -> None:
+    config = run_config(tmp_path, shapes_root, "fp64", STEPS, 1)
+    for processes, interrupt_at in ((4, 30), (1, 55), (3, 80)):
+        with started(processes, "train_ddp.py", "--config", config) as process:
+            wait_for_line(process, f"step {interrupt_at}/{STEPS}")
+            process.kill_all()
+        assert load_checkpoint(tmp_path / "run")["step"] < STEPS
+    run(2, "train_ddp.py", "--config", config)
+    end = end_of_run(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "train"] == list(range(1, STEPS + 1))
+    assert all(value <= 1e-9 for value in spread(end, alone).values())
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(((1, (4,)), (2, ()), (3, ()), (4, (1,)), (7, (9,))), id="some"),
+        pytest.param([(n, (1, 4, 9)) for n in (1, 2, 3, 4, 7)], id="all", marks=pytest.mark.campaign),
+    ],
+)
+def test_confusion_matrices_are_equal_integers(camvid_root: Path, voc_root: Path, cases) -> None:
+    """Number of processes → batch sizes on CamVid; the small splits see all."""
+    voc = str(voc_root)
+    large = {"CamVid test": ("camvid", str(camvid_root), "test", None)}
+    small = {"VOC val": ("voc", voc, "val", None), "5 images": ("voc", voc, "val", 5)}
+    found: dict[str, set[str]] = {}
+    images: dict[str, set[int]] = {}
+    for processes, batches in cases:
+        for splits, sizes in ((large, batches), (small, (1, 4, 9))):
+            for label, (matrix, count) in run_ranks(processes, confusion_matrices, splits, sizes)[0].items():
+                split = label.partition(",")[0]
+                found.setdefault(split, set()).add(json.dumps(matrix))
+                images.setdefault(split, set()).add(count)
+    assert images == {"CamVid test": {233}, "VOC val": {61}, "5 images": {5}}
+    assert {split: len(matrices) for split, matrices in found.items()} == dict.fromkeys(found, 1)
+    for matrices in found.values():
+        (matrix,) = map(json.loads, matrices)
+        assert sum(any(column) for column in zip(*matrix)) >= 3, "several classes are predicted"
+
+
+NETWORK = """
+    import torch
+    from torch import nn
+
+    class Putting(nn.Conv2d):
+        def forward(self, images):
+            logits = super().forward(images)
+            mark = torch.zeros(4).put_(torch.tensor([1]), torch.ones(1))
+            return logits + mark[1]
+
+    def build(num_classes):
+        return Putting(3, num_classes, 1)
+"""
+
+
+def test_deterministic_runs_repeat_bit_for_bit_and_name_what_could_not(tiny, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "putting.py").write_text(textwrap.dedent(NETWORK))
+    monkeypatch.setattr("tests.dist.ranks.IMPORTS", (str(tmp_path),))
+    states = []
+    for name in ("one", "other"):
+        changes = {"model": {"name": "putting:build"}, "data__workers": 1, "train__precision": "fp32"}
+        config = tiny(run_dir=str(tmp_path / name), train__deterministic=True, **changes)
+        done = run(2, "train_ddp.py", "--config", config)
+        assert done.stdout.count("no deterministic kernel for put_") == 1
+        states.append(load_checkpoint(tmp_path / name))
+    assert_same_tensors(*states)
