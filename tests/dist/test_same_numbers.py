@@ -85,7 +85,7 @@ def test_confusion_matrices_are_equal_integers(camvid_root: Path, voc_root: Path
     found: dict[str, set[str]] = {}
     images: dict[str, set[int]] = {}
     for processes, batches in cases:
-        for splits, sizes in ((large, batches), (small, (1, 4, 9))):
+        for splits, sizes in ((large, batches), (small, (1, 4, 9)))[not batches :]:
             for label, (matrix, count) in run_ranks(processes, confusion_matrices, splits, sizes)[0].items():
                 split = label.partition(",")[0]
                 found.setdefault(split, set()).add(json.dumps(matrix))
