@@ -18,7 +18,7 @@ import torch
 
 from fcn import checkpoint, cli, distributed, seeding, tracking
 from fcn.config import Config, load_config, save_config, to_dict
-from fcn.data.datasets import PairDataset, build_dataset
+from fcn.data.datasets import SegmentationDataset, build_dataset
 from fcn.distributed import World
 from fcn.engine import fit
 from fcn.errors import InputError
@@ -61,17 +61,13 @@ def main(argv: list[str], world: World) -> int:
     return 0
 
 
-def open_splits(config: Config) -> dict[str, PairDataset]:
+def open_splits(config: Config) -> dict[str, SegmentationDataset]:
     """The data sets of the run by their split's name."""
     names = [config.data.train, config.data.val, config.data.test]
-    return {
-        name: build_dataset(config.data.name, config.data.root, name, config.loss.ignore_index)
-        for name in names
-        if name
-    }
+    return {name: build_dataset(config.data, name, config.loss.ignore_index) for name in names if name}
 
 
-def build_run(config: Config, world: World, splits: dict[str, PairDataset]) -> tuple[Run, list[str]]:
+def build_run(config: Config, world: World, splits: dict[str, SegmentationDataset]) -> tuple[Run, list[str]]:
     """Every rank builds the same weights from the seed; also returns what to know about a network of the user's own."""
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS has no deterministic kernels

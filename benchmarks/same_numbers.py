@@ -24,7 +24,7 @@ from torchvision.models.resnet import Bottleneck
 from benchmarks.models import hardware
 from fcn import distributed
 from fcn.checkpoint import load_checkpoint
-from fcn.config import load_config
+from fcn.config import Data, load_config
 from fcn.data.datasets import PairDataset, build_dataset
 from fcn.data.loaders import Batch, Step
 from fcn.data.shapes import write_shapes
@@ -260,9 +260,9 @@ def confusion_matrices(
     results = {}
     torch.set_num_threads(1)
     for label, (name, root, split, limit) in splits.items():
-        dataset = build_dataset(name, root, split)
+        dataset = build_dataset(Data(name=name, root=root), split)
         if limit:
-            dataset = PairDataset(dataset.pairs[:limit], dataset.classes, dataset.ignored)
+            dataset = PairDataset(dataset.pairs[:limit], dataset.classes, dataset.format)
         numerics = Numerics("fp32", True, world.device)
         torch.manual_seed(0)
         model = numerics.place(build_model("unet", len(dataset.classes), width=4))

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from fcn.config import Optim
+from fcn.config import Data, Optim
 from fcn.data.datasets import build_dataset
 from fcn.data.transforms import TrainTransform, to_input
 from fcn.models import build_model
@@ -35,7 +35,7 @@ class Samples(Dataset):
     """images (3, h, w) and labels (h, w), augmented by whatever generator the worker has."""
 
     def __init__(self, root: str) -> None:
-        self.pairs = build_dataset("shapes", root, "train")
+        self.pairs = build_dataset(Data(name="shapes", root=root), "train")
         self.transform = TrainTransform((48, 64), (0.8, 1.25), 0.5, (0.3, 0.3, 0.3, 0.1))
 
     def __len__(self) -> int:

@@ -48,9 +48,7 @@ def evaluate_command(path: str, split: str | None, output: str | None, overrides
     # Nothing is trained, so any number of processes fits the batch size of the training run.
     config = distributed.together(lambda: config_from_dict(state["config"], path, overrides))
     split = split or config.data.val
-    dataset = distributed.together(
-        lambda: build_dataset(config.data.name, config.data.root, split, config.loss.ignore_index)
-    )
+    dataset = distributed.together(lambda: build_dataset(config.data, split, config.loss.ignore_index))
     if list(dataset.classes.names) != state["classes"]:
         raise InputError(
             f"{path}: was trained on the classes {', '.join(state['classes'])}; data.name={config.data.name} has others"

@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 
@@ -37,6 +37,10 @@ Jitter = Annotated[
         lambda value: all(0 <= x <= 1 for x in value) and value[3] <= 0.5,
     ),
 ]
+Channels = Annotated[
+    tuple[float, float, float],
+    Accept("three numbers above 0 and up to 1", lambda value: all(0 < x <= 1 for x in value)),
+]
 ScaleRange = Annotated[
     tuple[float, float], Accept("[low, high], two numbers with 0 < low <= high", lambda value: 0 < value[0] <= value[1])
 ]
@@ -48,12 +52,23 @@ Milestones = Annotated[
     ),
 ]
 Text = Annotated[str, Accept("a text that is not empty", lambda value: bool(value.strip()))]
+ImportPath = Annotated[
+    str,
+    Accept("package.module:name of your own", lambda v: re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", v)),
+]
+ClassNames = Annotated[
+    tuple[Text, ...],
+    Accept("a list of 2 to 254 different names", lambda v: len(set(v)) == len(v) and 2 <= len(v) <= 254),
+]
+PartOfOne = Annotated[float, Accept("a number between 0 and 1", lambda value: 0 < value < 1)]
+Grey = Annotated[int, Accept("a whole number from 0 to 254", lambda value: 0 <= value <= 254)]
 
 
 @dataclass(slots=True, kw_only=True)
 class Data:
-    name: Literal["shapes", "camvid", "voc"]
-    """Which data set, and so which layout under `root`, class names and palette."""
+    name: Literal["voc", "camvid", "cityscapes", "kitti_road", "portrait", "folder", "shapes"] | ImportPath
+    """Which data set, and so which layout under `root`, class names and palette. `package.module:name` is called with
+    root, split and `data.options`, and returns a map-style dataset of (image, mask)."""
     root: Text
     """Folder of the data set. Relative paths start at the current directory."""
     train: Text = "train"
@@ -73,12 +88,84 @@ class Data:
     a fraction of the circle. null leaves colours as they are."""
     workers: CountOrZero = 4
     """Data-loader processes per training process. 0 loads in the training process itself."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a broken training image or mask does: stop the run, or be replaced by another image and reported at the end
+    of the epoch. Evaluation always stops: a score is of the whole split."""
+    val_fraction: PartOfOne | None = None
+    """Share of the images that are `val`, chosen by their names; the others are `train` (portrait, folder). null: the
+    splits are lists or folders."""
+    images: Text | None = None
+    """Folder of the images under `root`; {split} in it is the split's name (folder; null: images)."""
+    masks: Text | None = None
+    """Folder of the masks under `root`, like `images` (folder; null: masks)."""
+    mask_suffix: str | None = None
+    """What a mask's name has after the image's, before its type, such as _mask (folder; null: nothing)."""
+    classes: ClassNames | None = None
+    """Names of the classes, in the order of their indices (folder, or a data set of your own that has no `classes`)."""
+    values: dict | None = None
+    """What each class is in a mask: a number, a colour such as "#ff00ff", a list of those, or `rest` for all others.
+    `ignore` stands beside the names of the classes (folder; null: masks hold class indices)."""
+    threshold: Grey | None = None
+    """Grey of a matte above which a pixel is a person (portrait; null: 0)."""
+    num_classes: Count | None = None
+    """Number of classes that you expect; another one is an error. null: as many as the data set has."""
+    options: dict | None = None
+    """Keyword arguments for a data set of your own."""
+    mean: Channels = (0.485, 0.456, 0.406)
+    """Mean of red, green and blue, 0 to 1, that is subtracted from images. The default is ImageNet's."""
+    std: Channels = (0.229, 0.224, 0.225)
+    """Standard deviation of red, green and blue, 0 to 1, that images are divided by. The default is ImageNet's."""
 
 
-ImportPath = Annotated[
-    str,
-    Accept("package.module:function of your own", lambda v: re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", v)),
-]
+DATA_OPTIONS = {
+    "voc": (), "camvid": (), "cityscapes": (), "kitti_road": (), "shapes": (),
+    "portrait": ("val_fraction", "threshold"),
+    "folder": ("val_fraction", "images", "masks", "mask_suffix", "classes", "values"),
+}  # fmt: skip
+"""Keys that only some data sets take."""
+DATA_KEYS = ("val_fraction", "threshold", "images", "masks", "mask_suffix", "classes", "values", "options")
+
+
+class PixelClasses(NamedTuple):
+    """`data.values`, read: what a pixel of a mask says."""
+
+    numbers: dict[int, int]
+    """Pixel value from 0 to 65535 → class, or 255 for ignore."""
+    colours: dict[tuple[int, int, int], int]
+    rest: int | None
+    """What all other pixels are; None: an error."""
+
+
+def pixel_classes(names: Sequence[str], values: Mapping[str, Any]) -> PixelClasses:
+    """Read `data.values`.
+
+    Raises:
+        ValueError: names the entry, what was found, and what is accepted.
+    """
+    read = PixelClasses({}, {}, None)
+    for name, entry in values.items():
+        if name not in names and name != "ignore":
+            raise ValueError(f"{name}: is no class; accepted: {', '.join(names)}, ignore")
+        label = names.index(name) if name in names else 255
+        for value in entry if isinstance(entry, list) else [entry]:
+            if value == "rest" and read.rest is None:
+                read = read._replace(rest=label)
+                continue
+            colour = re.fullmatch("#([0-9a-fA-F]{6})", value) if isinstance(value, str) else None
+            known = read.colours if colour else read.numbers
+            pixel: Any = tuple(bytes.fromhex(colour[1])) if colour else value
+            if not colour and (type(value) is not int or not 0 <= value <= 65535):
+                raise ValueError(
+                    f"{name}: found {schema.show(value)}; accepted: a number from 0 to 65535, a colour in quotes such "
+                    f'as "#ff00ff", a list of those, or rest (once)'
+                )
+            if pixel in known:
+                raise ValueError(f"{name}: found {value}, which another entry has; keep one")
+            known[pixel] = label
+    absent = [name for name in names if name not in values]
+    if absent:
+        raise ValueError(f"found nothing for {', '.join(absent)}; accepted: an entry for every class of data.classes")
+    return read
 
 
 @dataclass(slots=True, kw_only=True)
@@ -319,7 +406,7 @@ def total_steps(train: Train, dataset_size: int) -> int:
 
 
 MAY_CHANGE = (
-    "run_dir", "resume", "data.root", "data.val", "data.test", "data.workers",
+    "run_dir", "resume", "data.root", "data.val", "data.test", "data.workers", "data.on_error",
     "train.uneven", "train.micro_batch", "train.steps", "train.epochs", "train.precision", "train.channels_last",
     "train.compile", "train.deterministic", "train.log_every", "train.max_nonfinite", "eval", "checkpoint", "wandb",
 )  # fmt: skip
@@ -388,8 +475,34 @@ def _cross_checks(parsed: Mapping[str, Any], source: str, world_size: int) -> li
         found.append(
             f"{source}: data.test: found '{parsed['data.test']}', as in data.val; accepted: another split, or null"
         )
+    name = parsed.get("data.name")
+    found += _data_checks(name, parsed, source) if name else []
     name = parsed.get("model.name")
     return found + _model_checks(name, parsed, source) if name else found
+
+
+def _data_checks(name: str, parsed: Mapping[str, Any], source: str) -> list[str]:
+    """Keys that a data set does not take, or cannot do without."""
+    found: list[str] = []
+    own = DATA_OPTIONS.get(name, ("classes", "options"))
+    for key in DATA_KEYS:
+        if key not in own and parsed.get(f"data.{key}") is not None:
+            owners = ", ".join(other for other, keys in DATA_OPTIONS.items() if key in keys)
+            where = owners if owners else "a data set of your own"
+            found.append(f"{source}: data.{key}: {name} has no such key; remove it (it is for {where})")
+    names, values = parsed.get("data.classes"), parsed.get("data.values")
+    if name == "folder" and "data.classes" in parsed and names is None:
+        found.append(f"{source}: data.classes: missing; accepted: a list of names, such as [background, road]")
+    if names and values is not None:
+        try:
+            pixel_classes(names, values)
+        except ValueError as error:
+            found.append(f"{source}: data.values: {error}")
+    if parsed.get("data.val_fraction") and parsed.get("data.train") == parsed.get("data.val"):
+        found.append(
+            f"{source}: data.val: found '{parsed['data.val']}', as in data.train; accepted: a name for each share"
+        )
+    return found
 
 
 def _model_checks(name: str, parsed: Mapping[str, Any], source: str) -> list[str]:

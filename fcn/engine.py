@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from fcn import checkpoint, distributed, pictures, seeding
 from fcn.config import Config
-from fcn.data.datasets import PairDataset
+from fcn.data.datasets import SegmentationDataset
 from fcn.data.loaders import Batch, Step, TrainShares, device_steps, eval_loader, train_loader
 from fcn.data.samplers import EvalSampler, GlobalBatchSampler
 from fcn.data.transforms import TrainTransform, rescale, to_input
@@ -149,7 +149,7 @@ def predict(model: nn.Module, images: torch.Tensor, size: tuple[int, int], numer
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, dataset: PairDataset, config: Config, world: World, numerics: Numerics
+    model: nn.Module, dataset: SegmentationDataset, config: Config, world: World, numerics: Numerics
 ) -> tuple[ConfusionMatrix, int]:
     """Score every image of a split exactly once, whole, at the native size of its labels.
 
@@ -187,7 +187,7 @@ def evaluate(
 
 
 @torch.inference_mode()
-def draw_panels(model: nn.Module, dataset: PairDataset, config: Config, numerics: Numerics, path: Path) -> None:
+def draw_panels(model: nn.Module, dataset: SegmentationDataset, config: Config, numerics: Numerics, path: Path) -> None:
     """Save image | label | prediction of some images of a split as one picture; on one rank alone."""
     rows = []
     was_training = model.training

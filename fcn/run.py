@@ -14,7 +14,7 @@ from torch import nn
 
 from fcn import checkpoint
 from fcn.config import Config, config_changes, to_dict, total_steps
-from fcn.data.datasets import PairDataset
+from fcn.data.datasets import SegmentationDataset
 from fcn.distributed import World
 from fcn.errors import InputError
 from fcn.guard import FP16_SEARCH, NonFiniteGuard
@@ -65,7 +65,7 @@ class Run:
         world: World,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        splits: dict[str, PairDataset],
+        splits: dict[str, SegmentationDataset],
         tracker_id: str,
         sample_keys: SampleKeys | None = None,
     ) -> None:

@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ORDER = (
-    "errors", "schema", "config", "distributed", "cli", "preempt", "seeding",
-    "data", "data.labels", "data.datasets", "data.transforms", "data.samplers", "data.loaders",
+    "errors", "schema", "config", "distributed", "cli", "preempt", "seeding", "user_code",
+    "data", "data.labels", "data.images", "data.masks", "data.layouts", "data.datasets",
+    "data.transforms", "data.samplers", "data.loaders",
     "models.layers", "models.custom", "models.fcn_resnet", "models.fcn_vgg", "models.linknet", "models.unet", "models",
     "losses", "metrics", "optim", "guard", "checkpoint", "pretrained", "tracking", "pictures", "run", "engine",
     "data.shapes", "__main__",

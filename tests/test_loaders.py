@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fcn.config import Data
 from fcn.data.datasets import build_dataset
 from fcn.data.loaders import EvalBatches, TrainShares, device_steps, eval_loader, pad_collate, train_loader
 from fcn.data.samplers import EvalSampler, GlobalBatchSampler
@@ -28,7 +29,7 @@ CASES = {"crop": CROPPED, "whole": WHOLE, "resized": RESIZED}
 
 def steps_of(root, case, *, batch=4, steps=4, start=0, rank=0, world=1, workers=0):
     """The training loader of one rank; without resize nor flip, samples are the files themselves."""
-    dataset = build_dataset("shapes", str(root), "train")
+    dataset = build_dataset(Data(name="shapes", root=str(root)), "train")
     transform = TrainTransform(case.crop, case.scale, 0.5 if case.scale else 0.0)
     sampler = GlobalBatchSampler(
         dataset, batch_size=batch, steps=steps, start_step=start, seed=0, rank=rank, world_size=world
@@ -175,7 +176,7 @@ def test_broken_file_is_a_value_of_its_step_alone(copied, case, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_sees_every_image_once_whole_and_unpadded(shapes_root, workers):
-    dataset = build_dataset("shapes", str(shapes_root), "train")
+    dataset = build_dataset(Data(name="shapes", root=str(shapes_root)), "train")
     sizes = [dataset.size(index) for index in range(len(dataset))]
     sampler = EvalSampler(sizes, batch_size=8, rank=0, world_size=1)
     seen = []
@@ -188,7 +189,7 @@ def test_evaluation_sees_every_image_once_whole_and_unpadded(shapes_root, worker
 
 
 def test_evaluation_at_a_scale_resizes_images_but_not_labels(shapes_root):
-    dataset = build_dataset("shapes", str(shapes_root), "train")
+    dataset = build_dataset(Data(name="shapes", root=str(shapes_root)), "train")
     height, width = mask(shapes_root, 3).shape
     batch = EvalBatches(dataset, 0.5)[[3]]
     assert batch.images.shape == (1, round(height * 0.5), round(width * 0.5), 3)
@@ -198,7 +199,7 @@ def test_evaluation_at_a_scale_resizes_images_but_not_labels(shapes_root):
 
 def test_broken_file_in_evaluation_is_a_value(copied):
     (copied / "SegmentationClass/000002.png").write_bytes(b"text")
-    dataset = build_dataset("shapes", str(copied), "train")
+    dataset = build_dataset(Data(name="shapes", root=str(copied)), "train")
     assert isinstance(EvalBatches(dataset)[[0]].images, torch.Tensor)
     fault = EvalBatches(dataset)[[2]]
     assert isinstance(fault, InputError)

@@ -1,33 +1,63 @@
-"""Data sets on disk: pairs of an image and a mask, found by layout and read one at a time."""
+"""Data sets: the image and the labels of a sample, read one at a time."""
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+import torch
+from PIL import Image
 
-from fcn.data.labels import CAMVID, CAMVID_UNLABELLED, IGNORE_INDEX, SHAPES, VOC, Classes
+from fcn import user_code
+from fcn.config import Data
+from fcn.data import masks
+from fcn.data.images import decode, open_image, read_image, to_rgb
+from fcn.data.labels import IGNORE_INDEX, Classes, voc_palette
+from fcn.data.layouts import LAYOUTS, Listing, missing_files
+from fcn.data.masks import MaskFormat
 from fcn.errors import InputError
+
+
+class SegmentationDataset(Protocol):
+    """A split of a data set."""
+
+    classes: Classes
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What a sample is called in messages and pictures."""
+        ...
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of a sample, without decoding it where its file says so."""
+        ...
+
+    def read(self, index: int) -> tuple[Image.Image, Image.Image]:
+        """The image as 8-bit RGB, and the labels as an 8-bit image of class indices, 255 = ignore, of equal size.
+
+        Raises:
+            InputError: a file is unreadable, the sizes differ, or a label is no class.
+        """
+        ...
 
 
 @dataclass(slots=True)
 class PairDataset:
-    """A split: images and the masks that label them.
+    """Images and the masks that label them, as files.
 
     Args:
         pairs: (image file, mask file) of every sample, in the order of the split's list.
         classes: names and palette.
-        ignored: mask values that become `IGNORE_INDEX`, beside 255 itself.
+        format: what the masks' pixels mean.
     """
 
     pairs: Sequence[tuple[Path, Path]]
     classes: Classes
-    ignored: Iterable[int] = ()
+    format: MaskFormat
     _sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -37,169 +67,159 @@ class PairDataset:
         return self.pairs[index][0].stem
 
     def size(self, index: int) -> tuple[int, int]:
-        """(height, width) of a sample, from the mask's header alone."""
+        """From the mask's header: the image's may say it before its EXIF orientation."""
         if index not in self._sizes:
-            with _open(self.pairs[index][1]) as mask:
+            with open_image(self.pairs[index][1]) as mask:
                 self._sizes[index] = (mask.height, mask.width)
         return self._sizes[index]
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """The image as RGB and the labels as an 8-bit Pillow image of class indices, 255 = ignore, of equal size.
-
-        Raises:
-            InputError: a file is unreadable, the sizes differ, or a label is no class.
-        """
         image_path, mask_path = self.pairs[index]
-        image = _decode(image_path, "RGB")
-        mask = _decode(mask_path, None)
-        if mask.mode not in ("P", "L"):
-            raise InputError(
-                f"{mask_path}: found a mask in mode {mask.mode}; accepted: class indices in 8 bits, palette or grey"
-            )
+        image = read_image(image_path)
+        mask = decode(mask_path)
         if image.size != mask.size:
+            turned = image.size == (mask.height, mask.width)
+            cause = " (is the image turned by its EXIF orientation, and the mask not?)" if turned else ""
             raise InputError(
                 f"{mask_path}: found a mask of {mask.width}x{mask.height} pixels for the image {image_path.name} of "
-                f"{image.width}x{image.height}; accepted: equal sizes; export the mask again at the image's size"
+                f"{image.width}x{image.height}{cause}; accepted: equal sizes; export the mask again at the image's size"
             )
-        labels = np.asarray(mask)
-        for value in self.ignored:
-            labels = np.where(labels == value, np.uint8(IGNORE_INDEX), labels)
-        wrong = [
-            v
-            for v in np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
-            if len(self.classes) <= v != IGNORE_INDEX
-        ]
-        if wrong:
+        return image, Image.fromarray(self.format.decode(mask, mask_path))
+
+
+class OwnDataset:
+    """A data set of the user's own: anything with a length whose items are (image, mask).
+
+    Images may be Pillow images, arrays (H, W, 3) or (H, W), or tensors (3, H, W), of uint8; masks Pillow images, arrays
+    or tensors (H, W) of class indices, 255 = ignore. Used if it has them: the attributes `classes`, a list of names, and
+    `palette`, a list of (red, green, blue), and the methods `size(index)` and `name(index)`; without `size` every sample
+    is read once to learn it.
+    """
+
+    def __init__(self, samples: Any, data: Data) -> None:
+        self.samples, self.path = samples, data.name
+        names = data.classes or getattr(samples, "classes", None)
+        if not (isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names)):
             raise InputError(
-                f"{mask_path}: found label {', '.join(map(str, wrong))}; accepted: 0 to {len(self.classes) - 1} "
-                f"({len(self.classes)} classes) and {IGNORE_INDEX} for ignore; correct the mask or data.name"
+                f"data.classes: missing, and {data.name} has no attribute `classes`, a list of names; add either"
             )
-        return image, Image.fromarray(labels)
+        palette = getattr(samples, "palette", None) or voc_palette(len(names))
+        if len(palette) < len(names):
+            raise InputError(f"data.name: {data.name} has {len(palette)} colours in `palette` for {len(names)} classes")
+        self.classes = Classes(tuple(names), tuple(tuple(colour) for colour in palette[: len(names)]))
+        self.format = masks.indices(self.classes)
+        self._sizes: dict[int, tuple[int, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name(self, index: int) -> str:
+        return str(self.samples.name(index)) if hasattr(self.samples, "name") else f"{index:06d}"
+
+    def size(self, index: int) -> tuple[int, int]:
+        if index not in self._sizes:
+            if hasattr(self.samples, "size"):
+                height, width = self.samples.size(index)
+            else:
+                width, height = self.read(index)[0].size
+            self._sizes[index] = int(height), int(width)
+        return self._sizes[index]
+
+    def read(self, index: int) -> tuple[Image.Image, Image.Image]:
+        source = f"sample {index} of {self.path}"
+        try:
+            item = self.samples[index]
+        except OSError as error:  # Pillow's complaints about a broken file are OSErrors, too
+            raise InputError(f"{source}: cannot be read ({error}); copy its file again or remove it") from None
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise InputError(f"{source}: found {type(item).__name__}; accepted: a pair (image, mask)")
+        image = to_rgb(_as_image(item[0], f"the image of {source}"), f"the image of {source}")
+        mask = _as_image(item[1], f"the mask of {source}")
+        if image.size != mask.size:
+            raise InputError(
+                f"{source}: found a mask of {mask.width}x{mask.height} pixels for an image of "
+                f"{image.width}x{image.height}; accepted: equal sizes"
+            )
+        return image, Image.fromarray(self.format.decode(mask, f"the mask of {source}"))
 
 
-def build_dataset(name: str, root: str, split: str, ignore_index: int = IGNORE_INDEX) -> PairDataset:
+def _as_image(value: Any, source: str) -> Image.Image:
+    if isinstance(value, Image.Image):
+        return value
+    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    if isinstance(value, torch.Tensor) and array.ndim == 3:
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim == 2 and array.dtype.kind in "iub" and array.dtype != np.uint8:
+        small = array.astype(np.int64)
+        if small.min(initial=0) >= 0 and small.max(initial=0) <= 255:
+            array = small.astype(np.uint8)
+        else:
+            array = small.astype(np.int32)
+    good = array.dtype in (np.uint8, np.int32) and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)))
+    if not good or array.size == 0:
+        raise InputError(
+            f"{source}: found {array.dtype} of shape {tuple(array.shape)}; accepted: a Pillow image, an array "
+            f"(H, W, 3) or (H, W), or a tensor (3, H, W) or (H, W), of whole numbers from 0 to 255"
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def classes_and_format(data: Data) -> tuple[Classes, MaskFormat]:
+    """Classes of a data set that is files, and what its masks' pixels mean, without looking at any file."""
+    return LAYOUTS[data.name][1](data)
+
+
+def list_split(data: Data, split: str) -> Listing:
+    """The files of one split, whether they are there or not.
+
+    Raises:
+        InputError: the folder or the split's list is missing or unreadable.
+    """
+    if not Path(data.root).is_dir():
+        hint = (
+            f"; write it with: python -m fcn.data.shapes {data.root}"
+            if data.name == "shapes"
+            else "; set data.root to the data set's folder"
+        )
+        raise InputError(f"data.root: {data.root}: no such folder{hint}")
+    return LAYOUTS[data.name][0](data, split)
+
+
+def build_dataset(data: Data, split: str, ignore_index: int = IGNORE_INDEX) -> SegmentationDataset:
     """Open one split of a data set. `ignore_index` is one more label value to ignore; read labels say 255 for it.
 
     Raises:
-        InputError: the folder, the split's list, or files named there are missing.
+        InputError: the folder, the split's list, or files named there are missing, or `data.num_classes` is another
+            number than the data set has.
     """
-    folder = Path(root)
-    if not folder.is_dir():
-        hint = (
-            f"; write it with: python -m fcn.data.shapes {root}"
-            if name == "shapes"
-            else "; set data.root to the data set's folder"
+    dataset: PairDataset | OwnDataset
+    if data.name in LAYOUTS:
+        pairs = list_split(data, split).pairs
+        missing = missing_files(pairs)
+        if missing:
+            more = f" (and {len(missing) - 1} more files of this split)" if len(missing) > 1 else ""
+            raise InputError(
+                f"{missing[0]}: no such file{more}, but the split '{split}' needs it; add the file or remove the entry"
+            )
+        dataset = PairDataset(pairs, *classes_and_format(data))
+    else:
+        arguments = {"root": data.root, "split": split}
+        own = user_code.call("data", data.name, "a data set of (image, mask)", arguments, data.options or {})
+        if not (hasattr(own, "__getitem__") and hasattr(own, "__len__")):
+            raise InputError(
+                f"data.name: {data.name} returned {type(own).__name__}; accepted: a map-style data set, which has a "
+                f"length and items (image, mask)"
+            )
+        dataset = OwnDataset(own, data)
+    if not len(dataset):
+        raise InputError(f"data: the split '{split}' of {data.name} is empty; accepted: one image or more")
+    found = len(dataset.classes)
+    if data.num_classes not in (None, found):
+        raise InputError(
+            f"data.num_classes: found {data.num_classes}, but {data.name} has {found} classes "
+            f"({', '.join(dataset.classes.names)}); set data.num_classes={found} or null"
         )
-        raise InputError(f"data.root: {root}: no such folder{hint}")
-    dataset = DATASETS[name](folder, split)
-    dataset.ignored = {*dataset.ignored, ignore_index}
+    dataset.format = dataset.format.ignoring(ignore_index, found)
     return dataset
-
-
-def voc(root: Path, split: str, classes: Classes = VOC) -> PairDataset:
-    """PASCAL VOC layout: ImageSets/Segmentation/SPLIT.txt, JPEGImages/ID.jpg, SegmentationClass/ID.png."""
-    entries = _read_list(root / "ImageSets" / "Segmentation", split)
-    images, masks = root / "JPEGImages", root / "SegmentationClass"
-    return _checked([(images / f"{entry}.jpg", masks / f"{entry}.png") for entry, *_ in entries], classes)
-
-
-def shapes(root: Path, split: str) -> PairDataset:
-    """The procedural data set that `python -m fcn.data.shapes` writes, in the VOC layout."""
-    return voc(root, split, SHAPES)
-
-
-def camvid(root: Path, split: str) -> PairDataset:
-    """CamVid in the layout of the SegNet tutorial: SPLIT.txt, SPLIT/ID.png and SPLITannot/ID.png; 11 is unlabelled.
-
-    A line of the list is an ID, a file name, or two paths, of the image and of the mask. Only the names count, because
-    the public lists hold absolute paths of their authors' machine. Images may be PNG or JPEG.
-    """
-    entries = _read_list(root, split)
-    images, masks = _files_by_stem(root / split), _files_by_stem(root / f"{split}annot")
-    pairs = []
-    for image, *mask in entries:
-        stem = _stem(image)
-        mask_stem = _stem(mask[0]) if mask else stem
-        missing = Path(f"{stem}.png")
-        pairs.append((images.get(stem, root / split / missing), masks.get(mask_stem, root / f"{split}annot" / missing)))
-    return _checked(pairs, CAMVID, ignored=(CAMVID_UNLABELLED,))
-
-
-SUFFIXES = (".jpeg", ".jpg", ".png")
-DATASETS = {"shapes": shapes, "camvid": camvid, "voc": voc}
-
-
-def _read_list(folder: Path, split: str) -> list[list[str]]:
-    path = folder / f"{split}.txt"
-    try:
-        entries = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
-        found = sorted(file.stem for file in folder.glob("*.txt")) if folder.is_dir() else []
-        known = (
-            f"found the splits {', '.join(found)}"
-            if found
-            else "found no split lists there; is data.root the right folder?"
-        )
-        raise InputError(f"{path}: no such list, so there is no split '{split}'; {known}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({error}); a split's list is a text file with one ID a line"
-        ) from None
-    if not entries:
-        raise InputError(f"{path}: the list is empty; accepted: one ID a line")
-    return entries
-
-
-def _files_by_stem(folder: Path) -> Mapping[str, Path]:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; is data.root the right one, and the archive unpacked completely?")
-    # Where one image is there in two formats, the later suffix wins, whatever the file system's order.
-    names = sorted(
-        os.listdir(folder), key=lambda name: SUFFIXES.index(Path(name).suffix.lower()) if _is_image(name) else -1
-    )
-    return {_stem(name): folder / name for name in names if _is_image(name)}
-
-
-def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in SUFFIXES
-
-
-def _stem(name: str) -> str:
-    """The file name without its folder and image suffix; a dot elsewhere in the name is part of it."""
-    return Path(name).stem if _is_image(name) else Path(name).name
-
-
-def _checked(pairs: list[tuple[Path, Path]], classes: Classes, ignored: Iterable[int] = ()) -> PairDataset:
-    """Missing files are found from one listing a folder: a stat per file takes minutes on a slow file server."""
-    present = {
-        folder: set(os.listdir(folder)) if folder.is_dir() else set()
-        for pair in pairs
-        for folder in {p.parent for p in pair}
-    }
-    missing = [path for pair in pairs for path in pair if path.name not in present[path.parent]]
-    if missing:
-        more = f" (and {len(missing) - 1} more files of this split)" if len(missing) > 1 else ""
-        raise InputError(
-            f"{missing[0]}: no such file{more}, but the split's list names it; add the file or remove the entry"
-        )
-    return PairDataset(pairs, classes, ignored)
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except (UnidentifiedImageError, OSError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error.strerror or error
-        raise InputError(
-            f"{path}: cannot be read ({reason}); accepted: JPEG or PNG; copy it again or remove it from the split"
-        ) from None
-
-
-def _decode(path: Path, mode: str | None) -> Image.Image:
-    with _open(path) as image, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about transparency in palettes, which labels do not use
-        try:
-            image.load()
-            return image.convert(mode) if mode and image.mode != mode else image
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"{path}: broken image ({error}); copy it again or remove it from the split") from None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+RGB = tuple[int, int, int]
+
 IGNORE_INDEX = 255
 """Label that means "no class here" in every data set once it is read."""
 
@@ -13,7 +15,7 @@ class Classes:
     """The classes of a data set: `names[i]` is drawn in `palette[i]` (RGB, 0 to 255)."""
 
     names: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
+    palette: tuple[RGB, ...]
 
     def __post_init__(self) -> None:
         assert len(self.names) == len(self.palette)
@@ -22,7 +24,7 @@ class Classes:
         return len(self.names)
 
 
-def voc_palette(n: int) -> tuple[tuple[int, int, int], ...]:
+def voc_palette(n: int) -> tuple[RGB, ...]:
     """The first `n` colours of PASCAL VOC: the bits of the index, spread over the high bits of red, green and blue.
 
     Reference: `VOClabelcolormap.m` in the VOC development kit.
@@ -65,3 +67,35 @@ CAMVID = Classes(
     ),
 )
 CAMVID_UNLABELLED = 11
+
+# Order and colours of the 19 classes that are scored; keys are the ids in *_labelIds.png, all others are ignored.
+# Reference: cityscapesScripts, helpers/labels.py.
+_CITYSCAPES: dict[int, tuple[str, RGB]] = {
+    7: ("road", (128, 64, 128)),
+    8: ("sidewalk", (244, 35, 232)),
+    11: ("building", (70, 70, 70)),
+    12: ("wall", (102, 102, 156)),
+    13: ("fence", (190, 153, 153)),
+    17: ("pole", (153, 153, 153)),
+    19: ("traffic light", (250, 170, 30)),
+    20: ("traffic sign", (220, 220, 0)),
+    21: ("vegetation", (107, 142, 35)),
+    22: ("terrain", (152, 251, 152)),
+    23: ("sky", (70, 130, 180)),
+    24: ("person", (220, 20, 60)),
+    25: ("rider", (255, 0, 0)),
+    26: ("car", (0, 0, 142)),
+    27: ("truck", (0, 0, 70)),
+    28: ("bus", (0, 60, 100)),
+    31: ("train", (0, 80, 100)),
+    32: ("motorcycle", (0, 0, 230)),
+    33: ("bicycle", (119, 11, 32)),
+}
+CITYSCAPES = Classes(*zip(*_CITYSCAPES.values(), strict=True))
+CITYSCAPES_IDS = {label_id: label for label, label_id in enumerate(_CITYSCAPES)}
+"""Label id → class; the ids from 0 to 33 that are missing here are ignored."""
+
+KITTI_ROAD = Classes(("not road", "road"), ((255, 0, 0), (255, 0, 255)))
+KITTI_ROAD_IGNORED = (0, 0, 0)
+
+PORTRAIT = Classes(("background", "person"), ((0, 0, 0), (192, 128, 128)))

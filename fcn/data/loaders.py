@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fcn import distributed, seeding
-from fcn.data.datasets import PairDataset
+from fcn.data.datasets import SegmentationDataset
 from fcn.data.labels import IGNORE_INDEX
 from fcn.data.samplers import Draw, EvalSampler, GlobalBatchSampler, Share
 from fcn.data.transforms import TrainTransform, rescale
@@ -75,7 +75,7 @@ class TrainShares(Dataset):
     An error is a value here: raised in a worker, it would reach the user as that worker's traceback.
     """
 
-    def __init__(self, dataset: PairDataset, transform: TrainTransform, seed: int) -> None:
+    def __init__(self, dataset: SegmentationDataset, transform: TrainTransform, seed: int) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
 
     def _rng(self, draw: Draw):
@@ -101,7 +101,7 @@ class TrainShares(Dataset):
 class EvalBatches(Dataset):
     """Loads batches of equally sized images, whole; `scale` resizes the images but never the labels."""
 
-    def __init__(self, dataset: PairDataset, scale: float = 1.0) -> None:
+    def __init__(self, dataset: SegmentationDataset, scale: float = 1.0) -> None:
         self.dataset, self.scale = dataset, scale
 
     def __getitem__(self, indices: Sequence[int]) -> Batch | InputError:
@@ -121,7 +121,7 @@ def train_loader(shares: TrainShares, sampler: GlobalBatchSampler, workers: int,
 
 
 def eval_loader(
-    dataset: PairDataset, sampler: EvalSampler, scale: float, workers: int, device: torch.device
+    dataset: SegmentationDataset, sampler: EvalSampler, scale: float, workers: int, device: torch.device
 ) -> DataLoader:
     return _loader(EvalBatches(dataset, scale), sampler, workers, device)
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
-import inspect
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from fcn import user_code
 from fcn.errors import InputError
 from fcn.models.layers import SampleKeys, SyncBatchNorm2d
 
@@ -22,43 +19,13 @@ from fcn.models.layers import SampleKeys, SyncBatchNorm2d
 def build_custom(path: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
     """Call `package.module:function` with `num_classes` and the options.
 
-    The module is looked up as Python does, and in the current directory. The network takes images (N, 3, H, W) and
+    The network takes images (N, 3, H, W) and
     returns logits (N, num_classes, H, W), or a mapping with those as "out" and perhaps as "aux", as torchvision's do.
 
     Raises:
         InputError: there is no such module or function, it takes other arguments, or it returns no nn.Module.
     """
-    module_name, _, function_name = path.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, but what it imports is not
-        raise InputError(
-            f"model.name: found '{path}', but there is no module {error.name}; accepted: a module in the current "
-            f"directory ({here}) or an installed one; start where it can be imported, or set PYTHONPATH"
-        ) from None
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        where = getattr(module, "__file__", None) or f"module {module_name}"
-        raise InputError(
-            f"model.name: found '{path}', but {where} has no function {function_name}; "
-            f"accepted: package.module:function, whose function returns an nn.Module"
-        )
-    try:
-        signature = inspect.signature(function)
-        signature.bind(num_classes=num_classes, **options)
-    except TypeError as error:
-        raise InputError(
-            f"model.options: {path} cannot be called with num_classes={num_classes} and "
-            f"{', '.join(options) or 'no options'} ({error}); it accepts {signature}"
-        ) from None
-    except ValueError:  # functions written in C may have no signature
-        pass
-    network = function(num_classes=num_classes, **options)
+    network = user_code.call("model", path, "an nn.Module", {"num_classes": num_classes}, options)
     if not isinstance(network, nn.Module):
         raise InputError(
             f"model.name: {path} returned {type(network).__name__}; accepted: a function that returns an nn.Module"

@@ -1,0 +1,99 @@
+"""Image files → RGB pixels, and what is wrong with a file in one line."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fcn.errors import InputError
+
+DEEP = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
+"""Pillow's modes of one channel with more than 8 bits."""
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Suffixes, such as ".png", of every image type that Pillow reads."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+
+
+def is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in suffixes() and not Path(name).name.startswith(".")
+
+
+def read_image(path: Path) -> Image.Image:
+    """The first frame of an image file as 8-bit RGB, turned as its EXIF orientation says.
+
+    Grey becomes three equal channels, 16 bits become 8 (v · 255 / 65535, rounded), an alpha channel is dropped.
+
+    Raises:
+        InputError: the file is unreadable, broken, or of a kind without a fixed range.
+    """
+    return to_rgb(decode(path), path)
+
+
+def to_rgb(image: Image.Image, source: object) -> Image.Image:
+    """See `read_image`; `source` names the image in messages."""
+    if image.mode == "RGB" and not image.getexif():
+        return image
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about transparency in palettes, which is dropped
+        try:
+            image = ImageOps.exif_transpose(image)
+            if image.mode in DEEP:
+                return Image.fromarray(_to_8_bits(np.asarray(image), source)).convert("RGB")
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no fixed range")
+            return image.convert("RGB")
+        except ValueError as error:
+            raise InputError(
+                f"{source}: found an image in mode {image.mode} ({error}); accepted: 8 or 16 bits a channel; convert it"
+            ) from None
+
+
+def _to_8_bits(deep: np.ndarray, source: object) -> np.ndarray:
+    if deep.min() < 0 or deep.max() > 65535:
+        raise InputError(
+            f"{source}: found pixel values from {deep.min()} to {deep.max()}; accepted: 8 or 16 bits; convert it"
+        )
+    return ((deep.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open a file and read its header: format, mode, size.
+
+    Raises:
+        InputError: the file is missing, unreadable, or no image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # satellite images are that large
+            return Image.open(path)
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+        reason = "not an image"
+        if not isinstance(error, UnidentifiedImageError):
+            reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(
+            f"{path}: cannot be read ({reason}); accepted: an image file that Pillow reads, such as JPEG, PNG or TIFF; "
+            f"copy it again or remove it from the split"
+        ) from None
+
+
+def decode(path: Path) -> Image.Image:
+    """The first frame of an image file, in the file's own mode.
+
+    Raises:
+        InputError: the file is unreadable or broken.
+    """
+    with open_image(path) as image:
+        try:
+            image.load()
+        except MemoryError:
+            raise
+        except Exception as error:  # what a decoder raises on broken data depends on the format and on the damage
+            raise InputError(f"{path}: broken image ({error}); copy it again or remove it from the split") from None
+        return image

@@ -1,0 +1,162 @@
+"""What the pixels of a mask file mean: class indices, other numbers, colours, or a matte."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from fcn.data.images import DEEP
+from fcn.data.labels import IGNORE_INDEX, RGB, Classes
+from fcn.errors import InputError
+
+NO_CLASS = 254
+"""Marks, while a mask is decoded, a pixel that is none of what its format lists; so at most 254 classes."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaskFormat:
+    """From the pixels of a mask to labels.
+
+    Masks of one channel, or with a palette, are read by `values`, masks with colours by `colours`. Where that is empty,
+    or a colour is not listed, the other is tried: a palette's colours, or the value of three equal channels. With
+    `threshold` every mask is a matte: class 1 where its grey is above it, else class 0.
+    """
+
+    values: tuple[tuple[int, int], ...] = ()
+    """(pixel value from 0 to 65535, label) pairs."""
+    colours: tuple[tuple[RGB, int], ...] = ()
+    """(pixel colour, label) pairs."""
+    threshold: int | None = None
+    """Grey from 0 to 254; of a 16-bit matte, that times 257."""
+    other: int = NO_CLASS
+    """Label of a value or colour that is in neither list."""
+    ignored: int = IGNORE_INDEX
+    """One more label that is ignored."""
+
+    def decode(self, mask: Image.Image, source: object) -> np.ndarray:
+        """Labels (H, W) uint8, 255 = ignore.
+
+        Raises:
+            InputError: a pixel is none of what this format lists; `source` names the mask.
+        """
+        if self.threshold is not None:
+            deep = mask.mode in DEEP
+            labels = (np.asarray(mask if deep else mask.convert("L")) > self.threshold * (257 if deep else 1)) * 1
+            return self._without_ignored(labels.astype(np.uint8))
+        numbers = _numbers(mask) if self.values or mask.mode in DEEP else None
+        if numbers is not None and self.values:
+            labels = _value_table(self.values, self.other)[numbers]
+            if mask.mode == "1" and (labels == NO_CLASS).any():  # one bit where the other masks say 0 and 255
+                labels = _value_table(self.values, self.other)[numbers * np.uint8(255)]
+            return self._checked(labels, numbers, source)
+        if numbers is not None:
+            raise InputError(f"{source}: found a mask in mode {mask.mode}; accepted: {self._accepted(self.colours)}")
+        colours = _colours(mask)
+        labels = _colour_table(self.colours, self.other)[colours]
+        if self.values and (labels == NO_CLASS).any():
+            grey = colours & 255
+            if (colours == grey * 0x010101).all():
+                return self._checked(_value_table(self.values, self.other)[grey], grey, source)
+        return self._checked(labels, colours, source, hexadecimal=bool(self.colours))
+
+    def ignoring(self, label: int, classes: int) -> MaskFormat:
+        """Also ignore one class, or one pixel value that is no class."""
+        if label < classes:
+            return replace(self, ignored=label)
+        named = {value for value, _ in self.values}
+        return (
+            replace(self, values=(*self.values, (label, IGNORE_INDEX))) if self.values and label not in named else self
+        )
+
+    def _without_ignored(self, labels: np.ndarray) -> np.ndarray:
+        return labels if self.ignored == IGNORE_INDEX else np.where(labels == self.ignored, np.uint8(255), labels)
+
+    def _checked(self, labels: np.ndarray, pixels: np.ndarray, source: object, hexadecimal: bool = False) -> np.ndarray:
+        wrong = labels == NO_CLASS
+        if not wrong.any():
+            return self._without_ignored(labels)
+        found = [f"#{value:06x}" if hexadecimal else str(value) for value in np.unique(pixels[wrong])]
+        shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        what, accepted = (
+            ("colour", self._accepted(self.colours)) if hexadecimal else ("label", self._accepted(self.values))
+        )
+        raise InputError(
+            f"{source}: found {what} {shown}; accepted: {accepted}; correct the mask, or data.name or data.values"
+        )
+
+    def _accepted(self, pairs: Iterable[tuple[int | RGB, int]]) -> str:
+        classes = [pixel for pixel, label in pairs if label != IGNORE_INDEX]
+        ignored = [pixel for pixel, label in pairs if label == IGNORE_INDEX]
+        count = len({label for _, label in pairs} - {IGNORE_INDEX})
+        return f"{_ranges(classes)} ({count} classes)" + (f" and {_ranges(ignored)} for ignore" if ignored else "")
+
+
+def indices(classes: Classes, ignored: Iterable[int] = ()) -> MaskFormat:
+    """Class indices, or the classes' colours; 255, the values in `ignored` and VOC's border colour are ignored."""
+    ignore = [(value, IGNORE_INDEX) for value in (IGNORE_INDEX, *ignored)]
+    colours = {VOC_BORDER: IGNORE_INDEX} | {colour: label for label, colour in enumerate(classes.palette)}
+    return MaskFormat((*((label, label) for label in range(len(classes))), *ignore), tuple(colours.items()))
+
+
+VOC_BORDER = (224, 224, 192)
+
+
+def mapping(values: Mapping[int, int], colours: Mapping[RGB, int], other: int = NO_CLASS) -> MaskFormat:
+    """Numbers and colours as listed; the number 255 is ignored unless it is listed."""
+    if values:
+        values = {IGNORE_INDEX: IGNORE_INDEX, **values}
+    return MaskFormat(tuple(values.items()), tuple(colours.items()), other=other)
+
+
+def _numbers(mask: Image.Image) -> np.ndarray | None:
+    """The numbers (H, W) of a mask of one channel, at most 65536; None if the mask has colours."""
+    if mask.mode == "1":
+        return np.asarray(mask).astype(np.uint8)
+    if mask.mode in ("L", "P"):
+        return np.asarray(mask)
+    if mask.mode in ("LA", "PA"):
+        return np.asarray(mask)[..., 0]
+    return np.clip(np.asarray(mask).astype(np.int64), 0, 65536) if mask.mode in DEEP else None
+
+
+def _colours(mask: Image.Image) -> np.ndarray:
+    """Colours (H, W) as 0xRRGGBB."""
+    pixels = np.asarray(mask.convert("RGB")).astype(np.uint32)
+    return pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
+
+
+@functools.lru_cache(maxsize=4)
+def _value_table(values: tuple[tuple[int, int], ...], other: int) -> np.ndarray:
+    """(65537,) uint8; the last entry stands for everything beyond 16 bits."""
+    table = np.full(65537, other, np.uint8)
+    for value, label in values:
+        table[value] = label
+    return table
+
+
+@functools.lru_cache(maxsize=2)
+def _colour_table(colours: tuple[tuple[RGB, int], ...], other: int) -> np.ndarray:
+    """(2^24,) uint8."""
+    table = np.full(1 << 24, other, np.uint8)
+    for (red, green, blue), label in colours:
+        table[red << 16 | green << 8 | blue] = label
+    return table
+
+
+def _ranges(pixels: Iterable[int | RGB]) -> str:
+    """0, 1, 2, 7 → "0 to 2, 7"; colours as #rrggbb, at most 32 of them."""
+    pixels = list(pixels)
+    if pixels and isinstance(pixels[0], tuple):
+        shown = ", ".join("#" + bytes(colour).hex() for colour in pixels[:32])
+        return shown + (f" and {len(pixels) - 32} more" if len(pixels) > 32 else "")
+    runs: list[list[int]] = []
+    for value in sorted(set(pixels)):
+        if runs and runs[-1][1] == value - 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ", ".join(str(low) if low == high else f"{low} to {high}" for low, high in runs)
