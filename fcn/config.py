@@ -54,7 +54,7 @@ Milestones = Annotated[
 Text = Annotated[str, Accept("a text that is not empty", lambda value: bool(value.strip()))]
 ImportPath = Annotated[
     str,
-    Accept("package.module:name of your own", lambda v: re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", v)),
+    Accept("package.module:function of your own", lambda v: re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", v)),
 ]
 ClassNames = Annotated[
     tuple[Text, ...],
@@ -67,7 +67,7 @@ Grey = Annotated[int, Accept("a whole number from 0 to 254", lambda value: 0 <= 
 @dataclass(slots=True, kw_only=True)
 class Data:
     name: Literal["voc", "camvid", "cityscapes", "kitti_road", "portrait", "folder", "shapes"] | ImportPath
-    """Which data set, and so which layout under `root`, class names and palette. `package.module:name` is called with
+    """Which data set, and so which layout under `root`, class names and palette. `package.module:function` (or a class) is called with
     root, split and `data.options`, and returns a map-style dataset of (image, mask)."""
     root: Text
     """Folder of the data set. Relative paths start at the current directory."""
@@ -132,6 +132,7 @@ class PixelClasses(NamedTuple):
     numbers: dict[int, int]
     """Pixel value from 0 to 65535 → class, or 255 for ignore."""
     colours: dict[tuple[int, int, int], int]
+    """(red, green, blue) → class, or 255 for ignore."""
     rest: int | None
     """What all other pixels are; None: an error."""
 

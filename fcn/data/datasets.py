@@ -90,10 +90,10 @@ class PairDataset:
 class OwnDataset:
     """A data set of the user's own: anything with a length whose items are (image, mask).
 
-    Images may be Pillow images, arrays (H, W, 3) or (H, W), or tensors (3, H, W), of uint8; masks Pillow images, arrays
-    or tensors (H, W) of class indices, 255 = ignore. Used if it has them: the attributes `classes`, a list of names, and
-    `palette`, a list of (red, green, blue), and the methods `size(index)` and `name(index)`; without `size` every sample
-    is read once to learn it.
+    Images may be Pillow images, arrays (H, W, 3) or (H, W), or tensors (3, H, W), of uint8; masks Pillow images,
+    arrays or tensors (H, W) of class indices, 255 = ignore. Used if it has them: the attributes `classes`, a list of
+    names, and `palette`, a list of (red, green, blue), and the methods `size(index)` and `name(index)`; without `size`
+    every sample is read once to learn it.
     """
 
     def __init__(self, samples: Any, data: Data) -> None:
