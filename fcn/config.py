@@ -67,8 +67,8 @@ Grey = Annotated[int, Accept("a whole number from 0 to 254", lambda value: 0 <= 
 @dataclass(slots=True, kw_only=True)
 class Data:
     name: Literal["voc", "camvid", "cityscapes", "kitti_road", "portrait", "folder", "shapes"] | ImportPath
-    """Which data set, and so which layout under `root`, class names and palette. `package.module:function` (or a class) is called with
-    root, split and `data.options`, and returns a map-style dataset of (image, mask)."""
+    """Which data set, and so which layout under `root`, class names and palette. `package.module:function`, or a class,
+    is called with root, split and `data.options`, and returns a map-style dataset of (image, mask)."""
     root: Text
     """Folder of the data set. Relative paths start at the current directory."""
     train: Text = "train"
