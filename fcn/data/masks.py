@@ -49,7 +49,9 @@ class MaskFormat:
             return self._without_ignored(labels.astype(np.uint8))
         numbers = _numbers(mask) if self.values or mask.mode in DEEP else None
         if numbers is not None and self.values:
-            labels = _value_table(self.values, self.other)[numbers]
+            wide = numbers.dtype.itemsize > 2
+            places = np.where((numbers < 0) | (numbers > 65535), 65536, numbers) if wide else numbers
+            labels = _value_table(self.values, self.other)[places]
             if mask.mode == "1" and (labels == NO_CLASS).any():  # one bit where the other masks say 0 and 255
                 labels = _value_table(self.values, self.other)[numbers * np.uint8(255)]
             return self._checked(labels, numbers, source)
@@ -113,14 +115,14 @@ def mapping(values: Mapping[int, int], colours: Mapping[RGB, int], other: int = 
 
 
 def _numbers(mask: Image.Image) -> np.ndarray | None:
-    """The numbers (H, W) of a mask of one channel, at most 65536; None if the mask has colours."""
+    """The numbers (H, W) of a mask of one channel; None if the mask has colours."""
     if mask.mode == "1":
         return np.asarray(mask).astype(np.uint8)
     if mask.mode in ("L", "P"):
         return np.asarray(mask)
     if mask.mode in ("LA", "PA"):
         return np.asarray(mask)[..., 0]
-    return np.clip(np.asarray(mask).astype(np.int64), 0, 65536) if mask.mode in DEEP else None
+    return np.asarray(mask) if mask.mode in DEEP else None
 
 
 def _colours(mask: Image.Image) -> np.ndarray:
@@ -131,7 +133,7 @@ def _colours(mask: Image.Image) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _value_table(values: tuple[tuple[int, int], ...], other: int) -> np.ndarray:
-    """(65537,) uint8; the last entry stands for everything beyond 16 bits."""
+    """(65537,) uint8; the last entry stands for every number that 16 bits do not hold."""
     table = np.full(65537, other, np.uint8)
     for value, label in values:
         table[value] = label

@@ -1,0 +1,109 @@
+"""Every kind of image file arrives as the RGB pixels that a viewer shows."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fcn.data.images import is_image, read_image
+from fcn.errors import InputError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+GREY = PIXELS[..., 0]
+
+
+def read(path) -> np.ndarray:
+    image = read_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp", ".ppm", ".webp"])
+def test_lossless_types_keep_every_pixel(tmp_path, suffix):
+    path = tmp_path / f"image{suffix}"
+    Image.fromarray(PIXELS).save(path, **({"lossless": True} if suffix == ".webp" else {}))
+    assert is_image(path.name)
+    assert np.array_equal(read(path), PIXELS)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".gif", ".jpg"])
+def test_grey_becomes_three_equal_channels(tmp_path, suffix):
+    path = tmp_path / f"image{suffix}"
+    Image.fromarray(np.full((5, 7), 90, np.uint8)).save(path)
+    assert np.array_equal(read(path), np.full((5, 7, 3), 90))
+
+
+@pytest.mark.parametrize(("suffix", "dtype"), [(".png", np.uint16), (".tif", np.uint16), (".tif", np.int32)])
+def test_16_bits_are_scaled_to_8(tmp_path, suffix, dtype):
+    path = tmp_path / f"image{suffix}"
+    deep = np.array([[0, 128, 129, 257, 32768, 65406, 65407, 65535]], dtype)
+    Image.fromarray(deep).save(path)
+    assert read(path)[..., 1].tolist() == [[0, 0, 1, 1, 128, 254, 255, 255]]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "1", "YCbCr"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / f"image.{'jpg' if mode in ('CMYK', 'YCbCr') else 'png'}"
+    stored = Image.fromarray(PIXELS).quantize(16) if mode == "P" else Image.fromarray(PIXELS).convert(mode)
+    stored.save(path)
+    assert read(path).shape == (5, 7, 3)
+    if mode == "P":
+        assert np.array_equal(read(path), np.asarray(stored.convert("RGB")))
+
+
+def test_alpha_is_dropped(tmp_path):
+    image = Image.fromarray(PIXELS)
+    image.putalpha(Image.fromarray(GREY))
+    image.save(tmp_path / "image.png")
+    assert np.array_equal(read(tmp_path / "image.png"), PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "turn"),
+    [(1, lambda p: p), (2, np.fliplr), (3, lambda p: np.rot90(p, 2)), (6, lambda p: np.rot90(p, -1)), (8, np.rot90)],
+)
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_exif_orientation_turns_the_image(tmp_path, orientation, turn, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(PIXELS).save(tmp_path / f"image{suffix}", exif=exif)
+    assert np.array_equal(read(tmp_path / f"image{suffix}"), turn(PIXELS))
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.fromarray(np.full((4, 4), value, np.uint8)) for value in (10, 200)]
+    frames[0].save(tmp_path / "image.gif", save_all=True, append_images=frames[1:])
+    assert (read(tmp_path / "image.gif") == 10).all()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        (np.full((2, 2), 0.5, np.float32), "found an image in mode F (floating-point pixels have no fixed range)"),
+        (np.array([[0, 70000]], np.int32), "found pixel values from 0 to 70000; accepted: 8 or 16 bits"),
+        (np.array([[-3, 7]], np.int32), "found pixel values from -3 to 7; accepted: 8 or 16 bits"),
+    ],
+)
+def test_pixels_without_a_range_are_refused(tmp_path, pixels, words):
+    path = tmp_path / "image.tif"
+    Image.fromarray(pixels).save(path)
+    with pytest.raises(InputError) as caught:
+        read_image(path)
+    assert str(caught.value).startswith(f"{path}: {words}")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".gif", ".bmp"])
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.3, 0.6])
+def test_a_cut_file_is_named(tmp_path, suffix, kept):
+    path = tmp_path / f"image{suffix}"
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(InputError) as caught:
+        read_image(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "image"), [("a.JPG", True), ("a.tiff", True), ("._a.jpg", False), (".png", False), ("a.txt", False), ("a", False), ("a.npy", False)])  # fmt: skip
+def test_what_counts_as_an_image(name, image):
+    assert is_image(name) is image
