@@ -104,6 +104,6 @@ def test_a_cut_file_is_named(tmp_path, suffix, kept):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "image"), [("a.JPG", True), ("a.tiff", True), ("._a.jpg", False), (".png", False), ("a.txt", False), ("a", False), ("a.npy", False)])  # fmt: skip
-def test_what_counts_as_an_image(name, image):
-    assert is_image(name) is image
+def test_what_counts_as_an_image():
+    names = ["a.JPG", "a.b.tiff", "._a.jpg", ".png", "a.txt", "a", "a.npy"]
+    assert [name for name in names if is_image(name)] == ["a.JPG", "a.b.tiff"]

@@ -1,5 +1,7 @@
 """Each kind of mask pixel becomes the label that its format lists, and anything else is named."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -57,14 +59,24 @@ def test_every_voc_colour_is_its_class():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (Image.fromarray(np.array([[0, 21, 254, 42]], np.uint8)), "m.png: found label 21, 42, 254; accepted: 0 to 20 (21 classes) and 255 for ignore"),
+        (
+            Image.fromarray(np.array([[0, 21, 254, 42]], np.uint8)),
+            "m.png: found label 21, 42, 254; accepted: 0 to 20 (21 classes) and 255 for ignore",
+        ),
         (Image.fromarray(np.array([[0, 300]], np.uint16)), "m.png: found label 300; accepted: 0 to 20"),
         (Image.fromarray(np.array([[-1, 70000]], np.int32)), "m.png: found label -1, 70000; accepted: 0 to 20"),
-        (Image.fromarray(np.array([[[1, 2, 3], [128, 0, 0]]], np.uint8)), "m.png: found colour #010203; accepted: #000000, #800000"),
+        (
+            Image.fromarray(np.array([[[1, 2, 3], [128, 0, 0]]], np.uint8)),
+            "m.png: found colour #010203; accepted: #000000, #800000",
+        ),
         (Image.fromarray(np.array([[[9, 9, 9], [77, 77, 77]]], np.uint8)), "m.png: found label 77; accepted: 0 to 20"),
-        (Image.fromarray(np.arange(64, 84, dtype=np.uint8)[None]), "m.png: found label 64, 65, 66, 67, 68, 69, 70, 71 and 12 more"),
+        (
+            Image.fromarray(np.arange(64, 84, dtype=np.uint8)[None]),
+            "m.png: found label 64, 65, 66, 67, 68, 69, 70, 71 and 12 more",
+        ),
+        (Image.fromarray(np.ones((1, 1), np.float32)), "m.png: found a mask in mode F; accepted: 0 to 20"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_class_is_named(mask, message):
     with pytest.raises(InputError) as caught:
         VOC_FORMAT.decode(mask, "m.png")
@@ -108,9 +120,12 @@ def test_255_is_ignored_unless_it_is_listed():
     assert masks.mapping({0: 0, 255: 1}, {}).decode(mask, "m").tolist() == [[0, 1]]
 
 
-def test_a_16_bit_mask_cannot_be_colours():
+def test_numbers_are_no_colours_nor_colours_numbers():
+    deep, colourful = Image.fromarray(np.zeros((2, 2), np.uint16)), Image.new("RGB", (2, 2), (1, 2, 3))
     with pytest.raises(InputError, match=r"m: found a mask in mode I;16; accepted: #ff0000 \(1 classes\)"):
-        masks.mapping({}, {(255, 0, 0): 0}).decode(Image.fromarray(np.zeros((2, 2), np.uint16)), "m")
+        masks.mapping({}, {(255, 0, 0): 0}).decode(deep, "m")
+    with pytest.raises(InputError, match=r"m: found a mask in mode RGB; accepted: 0 \(1 classes\) and 255 for ignore"):
+        masks.mapping({0: 0}, {}).decode(colourful, "m")
 
 
 @pytest.mark.parametrize(("threshold", "expected"), [(0, [0, 1, 1, 1]), (1, [0, 0, 1, 1]), (127, [0, 0, 0, 1])])
@@ -151,6 +166,5 @@ def test_a_value_that_is_no_class_may_be_ignored():
     ],
 )
 def test_values_that_cannot_be_read_are_refused(values, message):
-    with pytest.raises(ValueError, match="accepted|keep") as caught:
+    with pytest.raises(ValueError, match=re.escape(message)):
         pixel_classes(("a", "b"), values)
-    assert str(caught.value).startswith(message)

@@ -55,15 +55,17 @@ class MaskFormat:
             if mask.mode == "1" and (labels == NO_CLASS).any():  # one bit where the other masks say 0 and 255
                 labels = _value_table(self.values, self.other)[numbers * np.uint8(255)]
             return self._checked(labels, numbers, source)
-        if numbers is not None:
-            raise InputError(f"{source}: found a mask in mode {mask.mode}; accepted: {self._accepted(self.colours)}")
+        if numbers is not None or mask.mode == "F":
+            raise self._wrong_mode(mask, source)
         colours = _colours(mask)
         labels = _colour_table(self.colours, self.other)[colours]
         if self.values and (labels == NO_CLASS).any():
             grey = colours & 255
             if (colours == grey * 0x010101).all():
                 return self._checked(_value_table(self.values, self.other)[grey], grey, source)
-        return self._checked(labels, colours, source, hexadecimal=bool(self.colours))
+        if not self.colours:
+            raise self._wrong_mode(mask, source)
+        return self._checked(labels, colours, source, hexadecimal=True)
 
     def ignoring(self, label: int, classes: int) -> MaskFormat:
         """Also ignore one class, or one pixel value that is no class."""
@@ -89,6 +91,10 @@ class MaskFormat:
         raise InputError(
             f"{source}: found {what} {shown}; accepted: {accepted}; correct the mask, or data.name or data.values"
         )
+
+    def _wrong_mode(self, mask: Image.Image, source: object) -> InputError:
+        accepted = self._accepted(self.values or self.colours)
+        return InputError(f"{source}: found a mask in mode {mask.mode}; accepted: {accepted}; export it again as such")
 
     def _accepted(self, pairs: Iterable[tuple[int | RGB, int]]) -> str:
         classes = [pixel for pixel, label in pairs if label != IGNORE_INDEX]
