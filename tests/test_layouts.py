@@ -180,7 +180,7 @@ def test_a_folder_draws_its_classes_in_the_colours_of_its_masks(tmp_path):
     ("name", "split", "made", "message"),
     [
         ("cityscapes", "train", ["x"], "leftImg8bit: no such folder; is data.root the right one"),
-        ("cityscapes", "trian", ["leftImg8bit/train/a"], "trian: no such folder, so there is no split 'trian'; found train"),
+        ("cityscapes", "trian", ["leftImg8bit/train/a"], "no such folder, so there is no split 'trian'; found train"),
         ("cityscapes", "train", ["leftImg8bit/train/a"], "leftImg8bit/train: found no CITY/*_leftImg8bit.png; unpack"),
         ("kitti_road", "test", ["image_2/um_000000.png"], "accepted: train, val or trainval"),
         ("kitti_road", "val", ["image_2/um_000000.png"], "image_2: found no image of the split 'val'"),
