@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fcn.config import Optim
-from fcn.data.loaders import Batch, Step
+from fcn.config import Loss, Optim
+from fcn.data.loaders import Batch, Step, Totals, count_labels
 from fcn.engine import infer, train_step
-from fcn.losses import cross_entropy
+from fcn.losses import build_loss
 from fcn.models import MODELS, build_model
 from fcn.optim import build_optimizer
 from fcn.run import DTYPES, Numerics
@@ -105,14 +105,15 @@ def measure(name: str, options: dict, size: tuple[int, int], batch: int, numeric
     images = torch.randint(0, 256, (batch, *size, 3), dtype=torch.uint8, device=numerics.device)
     labels = torch.randint(0, CLASSES, (batch, *size), dtype=torch.uint8, device=numerics.device)
     numbers = torch.arange(batch, device=numerics.device)
-    step = Step(
-        Batch(images, labels, torch.tensor([size] * batch), numbers, numbers), False, labels.numel(), False, 0.0
-    )
+    counts = count_labels(labels.cpu().numpy())
+    data = Batch(images, labels, torch.tensor([size] * batch), numbers, numbers, counts)
+    step = Step(data, False, Totals.of(counts), False, 0.0)
     optimizer, scaler = build_optimizer(model, Optim(lr=1e-4)), numerics.scaler()
+    criterion = build_loss(Loss(), CLASSES)
 
     def train() -> None:
         train_step(
-            model, step, cross_entropy, optimizer, scaler, numerics,
+            model, step, criterion, optimizer, scaler, numerics,
             micro_batch=None, grad_clip=None, aux_weight=0.5,
         )  # fmt: skip
 

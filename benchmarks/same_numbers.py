@@ -24,13 +24,13 @@ from torchvision.models.resnet import Bottleneck
 from benchmarks.models import hardware
 from fcn import distributed
 from fcn.checkpoint import load_checkpoint
-from fcn.config import Data, load_config
+from fcn.config import Data, Loss, load_config
 from fcn.data.datasets import PairDataset, build_dataset
-from fcn.data.loaders import Batch, Step
+from fcn.data.loaders import Batch, Step, Totals, count_labels
 from fcn.data.shapes import write_shapes
 from fcn.distributed import World
 from fcn.engine import accumulation, evaluate, train_step
-from fcn.losses import cross_entropy
+from fcn.losses import build_loss
 from fcn.models import MODELS, build_model
 from fcn.models.layers import convert_dropout, convert_sync_batchnorm
 from fcn.run import Numerics
@@ -63,6 +63,16 @@ def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.where(valid, labels, 255)
 
 
+def make_step(world: World) -> Step:
+    """A rank's share of that batch."""
+    images, labels = make_batch()
+    mine = slice(*(place * GLOBAL_BATCH // world.size for place in (world.rank, world.rank + 1)))
+    numbers, counts = torch.arange(GLOBAL_BATCH)[mine], count_labels(labels.numpy())
+    sizes = torch.tensor([SIDES] * len(numbers)).reshape(-1, 2)
+    batch = Batch(images[mine], labels[mine], sizes, numbers, numbers, counts[mine])
+    return Step(batch, False, Totals.of(counts), False, 0.0)
+
+
 def make_network(name: str, options: Mapping[str, Any]) -> nn.Module:
     """In float64, without dropout, with heads that let gradients through and residuals that do not amplify rounding."""
     torch.manual_seed(0)
@@ -86,19 +96,15 @@ def step_gradients(world: World, networks: Sequence[str], micro_batch: int | Non
     Returns:
         network → {"one process" or "plain PyTorch": largest relative difference}.
     """
-    images, labels = make_batch()
-    mine = slice(*(place * GLOBAL_BATCH // world.size for place in (world.rank, world.rank + 1)))
-    numbers = torch.arange(GLOBAL_BATCH)[mine]
-    batch = Batch(images[mine], labels[mine], torch.tensor([SIDES] * len(numbers)).reshape(-1, 2), numbers, numbers)
-    step = Step(batch, False, int((labels != 255).sum()), False, 0.0)
+    step = make_step(world)
     numerics = Numerics("fp64", True, world.device)
     results = {}
     for label in networks:
         model = numerics.place(convert_sync_batchnorm(make_network(*NETWORKS[label])))
         keys = convert_dropout(model)
-        micro, offload = accumulation(model, micro_batch, len(numbers))
+        micro, offload = accumulation(model, micro_batch, len(step.batch.images))
         loss, _ = train_step(
-            distributed.data_parallel(model, world, sync_bn=True), step, cross_entropy,
+            distributed.data_parallel(model, world, sync_bn=True), step, build_loss(Loss(), CLASSES),
             torch.optim.SGD(model.parameters(), lr=0.0, fused=True), numerics.scaler(), numerics,
             micro_batch=micro, grad_clip=None, aux_weight=AUX_WEIGHT, sample_keys=keys, offload=offload,
         )  # fmt: skip

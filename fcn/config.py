@@ -270,13 +270,53 @@ class Train:
 
 
 @dataclass(slots=True, kw_only=True)
+class AddedLosses:
+    cross_entropy: Positive | None = None
+    """Weight of this loss beside `loss.name`, which weighs 1; null: not added. So for the others."""
+    dice: Positive | None = None
+    """Weight of this loss."""
+    focal: Positive | None = None
+    """Weight of this loss."""
+    lovasz: Positive | None = None
+    """Weight of this loss."""
+    ohem: Positive | None = None
+    """Weight of this loss."""
+
+
+ClassWeights = Annotated[
+    tuple[float, ...],
+    Accept("a list of numbers, one per class, each 0 or more, not all 0", lambda v: min(v, default=-1) >= 0 < max(v)),
+]
+Share = Annotated[float, Accept("a number above 0, up to 1", lambda value: 0 < value <= 1)]
+
+
+@dataclass(slots=True, kw_only=True)
 class Loss:
-    name: Literal["cross_entropy"] = "cross_entropy"
-    """Loss per pixel; a step's loss is its mean over all valid pixels of the global batch."""
+    name: Literal["cross_entropy", "dice", "focal", "lovasz", "ohem"] = "cross_entropy"
+    """What a step minimises: a mean over the valid pixels (cross_entropy, focal, ohem: of the hardest) or over the
+    images (dice, lovasz) of the global batch; see `fcn.losses`."""
+    add: AddedLosses = dataclasses.field(default_factory=AddedLosses)
+    """Losses that are added to it, with their weights, such as {dice: 0.5}."""
+    weights: ClassWeights | None = None
+    """Weight of each class's pixels (cross_entropy, focal, ohem; null: 1 each). The mean is a weighted one, so only
+    their ratios matter."""
+    label_smoothing: Momentum | None = None
+    """Part of a pixel's label that is spread over all classes (cross_entropy, ohem; null: 0)."""
+    gamma: NotNegative | None = None
+    """Exponent that takes weight from pixels that are right already (focal; null: 2)."""
+    keep: Share | None = None
+    """Fraction of each image's valid pixels that counts, those of largest loss (ohem; null: 0.25)."""
     ignore_index: Byte = 255
     """Label value that enters neither loss nor score."""
     aux_weight: NotNegative = 0.5
     """Weight of the loss of an auxiliary head, where the network has one. The logged loss includes it."""
+
+
+LOSS_OPTIONS = {
+    "cross_entropy": ("weights", "label_smoothing"), "dice": (), "focal": ("weights", "gamma"), "lovasz": (),
+    "ohem": ("weights", "label_smoothing", "keep"),
+}  # fmt: skip
+"""Which options each loss takes; its function in `fcn.losses` has a parameter for each."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -476,10 +516,10 @@ def _cross_checks(parsed: Mapping[str, Any], source: str, world_size: int) -> li
         found.append(
             f"{source}: data.test: found '{parsed['data.test']}', as in data.val; accepted: another split, or null"
         )
-    name = parsed.get("data.name")
-    found += _data_checks(name, parsed, source) if name else []
-    name = parsed.get("model.name")
-    return found + _model_checks(name, parsed, source) if name else found
+    for key, checks in (("data.name", _data_checks), ("loss.name", _loss_checks), ("model.name", _model_checks)):
+        if name := parsed.get(key):
+            found += checks(name, parsed, source)
+    return found
 
 
 def _data_checks(name: str, parsed: Mapping[str, Any], source: str) -> list[str]:
@@ -503,6 +543,24 @@ def _data_checks(name: str, parsed: Mapping[str, Any], source: str) -> list[str]
         found.append(
             f"{source}: data.val: found '{parsed['data.val']}', as in data.train; accepted: a name for each share"
         )
+    return found
+
+
+def _loss_checks(name: str, parsed: Mapping[str, Any], source: str) -> list[str]:
+    """A loss that is added to itself, and options that no chosen loss has."""
+    found: list[str] = []
+    added = [loss for loss in LOSS_OPTIONS if parsed.get(f"loss.add.{loss}") is not None]
+    if name in added:
+        found.append(f"{source}: loss.add.{name}: {name} is loss.name already, with weight 1; remove one of them")
+    chosen = dict.fromkeys([name, *added])
+    for option in dict.fromkeys(option for options in LOSS_OPTIONS.values() for option in options):
+        owners = [loss for loss, options in LOSS_OPTIONS.items() if option in options]
+        if parsed.get(f"loss.{option}") is not None and not chosen.keys() & set(owners):
+            have = "has" if len(chosen) == 1 else "have"
+            found.append(
+                f"{source}: loss.{option}: {' and '.join(chosen)} {have} no such option; remove it "
+                f"(an option of {', '.join(owners)})"
+            )
     return found
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from fcn.data.transforms import TrainTransform, rescale, to_input
 from fcn.distributed import World
 from fcn.errors import InputError
 from fcn.guard import KeptBuffers, NonFiniteGuard
-from fcn.losses import LOSSES
+from fcn.losses import Criterion
 from fcn.metrics import ConfusionMatrix
 from fcn.models.layers import SampleKeys, SyncBatchNorm2d
 from fcn.optim import learning_rate, set_learning_rate
@@ -37,7 +37,7 @@ from fcn.tracking import Console, Pace, Record, Trackers, score_table, write_ato
 def train_step(
     model: nn.Module,
     step: Step,
-    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    criterion: Criterion,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     numerics: Numerics,
@@ -52,11 +52,11 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward, backward and update on this rank's share; nothing here waits for the device.
 
-    The gradient is that of the loss sum over all valid pixels of the global batch, divided by their count: each rank
-    divides its sum by the global count, and `distributed.data_parallel` adds the ranks' gradients.
+    The gradient is that of the loss of the global batch: each micro-batch's part of it is a sum over its own pixels or
+    images, divided by totals of the global batch, and `distributed.data_parallel` adds the ranks' gradients.
 
     Args:
-        loss_fn: (logits, labels) → sum over the valid pixels.
+        criterion: what `losses.build_loss` returns.
         micro_batch: most images per forward.
         aux_weight: weight of the loss of an auxiliary head, where the model returns {"out", "aux"}.
         sample_keys: where the model's dropout finds the keys of the samples.
@@ -64,7 +64,7 @@ def train_step(
         offload: keep what the backward pass needs in host memory.
 
     Returns:
-        (this rank's loss sum divided by the global count, norm of the global gradient before clipping), on the device.
+        (this rank's part of the step's loss, norm of the global gradient before clipping), on the device.
     """
     batch = step.batch
     share = len(batch.images)  # 0 on a rank beyond the batch size
@@ -73,7 +73,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), dtype=numerics.input_dtype, device=batch.images.device)
     for part, micro in enumerate(zip(*(tensor.chunk(parts) for tensor in batch), strict=True), start=1):
-        images, labels, sizes, _, keys = micro
+        images, labels, sizes, _, keys, _ = micro
         if sample_keys is not None:
             sample_keys.value = keys
         with distributed.local_gradients(model) if part < parts else nullcontext():
@@ -83,10 +83,9 @@ def train_step(
                 )
                 if not isinstance(outputs, Mapping):
                     outputs = {"out": outputs}
-                part_loss = loss_fn(outputs["out"], labels.long())
+                part_loss = criterion(outputs["out"], labels.long(), step.totals)
                 if "aux" in outputs:
-                    part_loss = part_loss + aux_weight * loss_fn(outputs["aux"], labels.long())
-                part_loss = part_loss / max(1, step.valid_count)
+                    part_loss = part_loss + aux_weight * criterion(outputs["aux"], labels.long(), step.totals)
             loss += part_loss.detach()
             if guard:  # 1 + 0·loss is 1, but NaN if the loss is not finite, and then so is every rank's summed gradient
                 part_loss = part_loss * (guard.gate * (1 + 0 * part_loss.detach()))
@@ -280,7 +279,7 @@ def _step_settings(run: Run) -> dict[str, Any]:
     train = run.config.train
     micro_batch, offload = accumulation(run.model, train.micro_batch, math.ceil(train.batch_size / run.world.size))
     return {
-        "loss_fn": LOSSES[run.config.loss.name],
+        "criterion": run.criterion,
         "optimizer": run.optimizer,
         "scaler": run.scaler,
         "numerics": run.numerics,

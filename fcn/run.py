@@ -18,6 +18,7 @@ from fcn.data.datasets import SegmentationDataset
 from fcn.distributed import World
 from fcn.errors import InputError
 from fcn.guard import FP16_SEARCH, NonFiniteGuard
+from fcn.losses import build_loss
 from fcn.models.layers import SampleKeys
 from fcn.optim import WeightAverage
 from fcn.tracking import Record
@@ -57,7 +58,11 @@ class Numerics:
 
 
 class Run:
-    """Everything a run consists of, and its state as plain data."""
+    """Everything a run consists of, and its state as plain data.
+
+    Raises:
+        InputError: on every rank alike, if `loss.weights` does not fit the data set's classes.
+    """
 
     def __init__(
         self,
@@ -72,6 +77,7 @@ class Run:
         self.config, self.world, self.model, self.optimizer, self.splits = config, world, model, optimizer, splits
         self.sample_keys = sample_keys
         self.numerics = Numerics(config.train.precision, config.train.channels_last, world.device)
+        self.criterion = build_loss(config.loss, len(splits[config.data.train].classes), world.device)
         self.scaler = self.numerics.scaler()
         search = FP16_SEARCH if self.scaler.is_enabled() else 0
         self.guard = NonFiniteGuard(config.train.max_nonfinite + search, world.device)

@@ -7,13 +7,17 @@ import typing
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fcn import config as config_module
 from fcn.config import (
+    LOSS_OPTIONS,
     MAY_CHANGE,
     MODEL_OPTIONS,
     PRETRAINED,
+    AddedLosses,
     Config,
+    Loss,
     Model,
     Train,
     config_changes,
@@ -193,6 +197,14 @@ WRONG = [
     ("optim:\n  lr: 0.01", "optim: 3", "optim", 11),
     ("optim:\n  lr: 0.01", "checkpoint: {keep: 1}", "checkpoint.keep", 11),
     ("optim:\n  lr: 0.01", "loss: {ignore_index: 256}", "loss.ignore_index", 11),
+    *[("optim:\n  lr: 0.01", f"loss: {{weights: {v}}}", "loss.weights", 11)
+      for v in ("[1, -1]", "[0, 0.0]", "[]", "[1, .nan]", "[1, .inf]", "[true, 1]", "1", "{road: 1}")],
+    *[("optim:\n  lr: 0.01", f"loss: {{name: ohem, keep: {v}}}", "loss.keep", 11) for v in ("0", "1.5", ".nan")],
+    *[("optim:\n  lr: 0.01", f"loss: {{label_smoothing: {v}}}", "loss.label_smoothing", 11) for v in ("1", "-0.1")],
+    *[("optim:\n  lr: 0.01", f"loss: {{name: focal, gamma: {v}}}", "loss.gamma", 11) for v in ("-1", "two")],
+    *[("optim:\n  lr: 0.01", f"loss: {{add: {{dice: {v}}}}}", "loss.add.dice", 11) for v in ("0", "-1", ".nan", "yes")],
+    ("optim:\n  lr: 0.01", "loss: {add: {jaccard: 1}}", "loss.add.jaccard", 11),
+    ("optim:\n  lr: 0.01", "loss: {add: dice}", "loss.add", 11),
 ]  # fmt: skip
 
 
@@ -568,6 +580,55 @@ def test_change_of_network_options_weights_or_auxiliary_loss_makes_another_run(l
     )
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{weights: [1, 0, 0.5], label_smoothing: 0.1}",
+        "{name: focal, weights: [1, 0, 0.5], gamma: 0}",
+        "{name: ohem, weights: [1, 0, 0.5], label_smoothing: 0.1, keep: 1}",
+        "{name: dice, add: {ohem: 0.5}, keep: 0.1}",
+        "{name: lovasz, add: {cross_entropy: 2, focal: 0.5}, weights: [1, 0, 0.5], gamma: 1, label_smoothing: 0.0}",
+    ],
+)
+def test_options_that_a_chosen_loss_has(load, file, line):
+    config = load(GOOD + f"loss: {line}\n")
+    for key, value in yaml.safe_load(line).items():
+        found = to_dict(config)["loss"][key]
+        assert (found if key != "add" else {name: x for name, x in found.items() if x is not None}) == value
+    save_config(config, file)
+    assert load_config(file) == config
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "message"),
+    [
+        (
+            "{name: dice, weights: [1, 2]}",
+            "weights",
+            "dice has no such option; remove it (an option of cross_entropy, f",
+        ),
+        ("{gamma: 2}", "gamma", "cross_entropy has no such option; remove it (an option of focal)"),
+        ("{name: focal, label_smoothing: 0}", "label_smoothing", "focal has no such option"),
+        ("{add: {dice: 1}, keep: 0.5}", "keep", "cross_entropy and dice have no such option"),
+        ("{name: dice, add: {dice: 1}}", "add.dice", "dice is loss.name already, with weight 1; remove one of them"),
+    ],
+)
+def test_options_that_no_chosen_loss_has(problems, file, line, key, message):
+    (problem,) = problems(GOOD + f"loss: {line}\n")
+    assert problem.startswith(f"{file}: loss.{key}: {message}")
+
+
+def test_one_more_loss_from_the_command_line(load):
+    assert load(overrides=["loss.add.dice=0.5"]).loss.add.dice == 0.5
+
+
+def test_every_loss_has_its_options_listed_and_can_be_added():
+    named = typing.get_args(typing.get_type_hints(Loss)["name"])
+    assert set(LOSS_OPTIONS) == set(named) == {field.name for field in dataclasses.fields(AddedLosses)}
+    options = {option for options in LOSS_OPTIONS.values() for option in options}
+    assert options == {field.name for field in dataclasses.fields(Loss)} - {"name", "add", "ignore_index", "aux_weight"}
+
+
 # --- checks across keys --------------------------------------------------------------------------------------------
 
 
@@ -800,6 +861,13 @@ def test_change_of_a_key_on_resume(load, key, value, shown, fatal):
     assert config_changes(old, old) == ([], [])
 
 
+def test_checkpoint_from_before_there_were_other_losses_is_of_the_same_run(load):
+    old, new = to_dict(load()), to_dict(load())
+    old["loss"] = {"name": "cross_entropy", "ignore_index": 255, "aux_weight": 0.5}
+    assert config_changes(old, new) == ([], [])
+    assert config_from_dict(old, "checkpoint") == load()
+
+
 def test_keys_that_may_change_exist():
     known = {key for key, _ in fields(Config)} | TOP_LEVEL
     assert set(MAY_CHANGE) <= known
@@ -815,7 +883,8 @@ def test_every_model_has_its_options_listed():
 def test_every_field_is_documented_under_its_name():
     tree = ast.parse(inspect.getsource(config_module))
     documented, bare = [], []
-    sections = [hint for hint in typing.get_type_hints(Config).values() if dataclasses.is_dataclass(hint)]
+    hints = [hint for cls in (Config, Loss) for hint in typing.get_type_hints(cls).values()]
+    sections = [hint for hint in hints if dataclasses.is_dataclass(hint)]
     names = {cls.__name__ for cls in (Config, *sections)}
     for cls in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in names):
         for statement, below in zip(cls.body, [*cls.body[1:], None]):

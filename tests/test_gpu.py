@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from fcn import distributed
-from fcn.config import Optim
-from fcn.data.loaders import Batch, Step
+from fcn.config import Loss, Optim
+from fcn.data.loaders import Batch, Step, Totals, count_labels
 from fcn.distributed import World
 from fcn.engine import train_step
 from fcn.guard import NonFiniteGuard
-from fcn.losses import cross_entropy
+from fcn.losses import LOSSES, build_loss
 from fcn.models import build_model
 from fcn.models.layers import convert_sync_batchnorm
 from fcn.optim import build_optimizer
@@ -24,6 +24,7 @@ from tests.dist.ranks import run_ranks
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 CLASSES, SIDE, IMAGES = 5, 64, 4
+CRITERION = build_loss(Loss(), CLASSES)
 
 
 def make_step() -> Step:
@@ -31,8 +32,9 @@ def make_step() -> Step:
     images = torch.randint(0, 256, (IMAGES, SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
     labels = (images.sum(-1) * CLASSES // 766).to(torch.uint8)
     sizes = torch.tensor([[SIDE, SIDE]] * IMAGES)
-    batch = Batch(*(tensor.cuda() for tensor in (images, labels, sizes, torch.arange(IMAGES), torch.arange(IMAGES))))
-    return Step(batch, False, labels.numel(), False, 0.0)
+    numbers, counts = torch.arange(IMAGES), count_labels(labels.numpy())
+    batch = Batch(*(tensor.cuda() for tensor in (images, labels, sizes, numbers, numbers, counts)))
+    return Step(batch, False, Totals.of(counts), False, 0.0)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -50,7 +52,7 @@ def test_training_lowers_the_loss_without_a_host_sync(precision: str, channels_l
 
     def train() -> torch.Tensor:
         return train_step(
-            network, step, cross_entropy, optimizer, scaler, numerics,
+            network, step, CRITERION, optimizer, scaler, numerics,
             micro_batch=2, grad_clip=1.0, guard=guard, number=0,
         )[0]  # fmt: skip
 
@@ -61,6 +63,27 @@ def test_training_lowers_the_loss_without_a_host_sync(precision: str, channels_l
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert last[-1] < first[0]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_repeats_bit_for_bit_without_a_host_sync(name: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, CLASSES, 300, 400, generator=generator).cuda().requires_grad_()
+    labels = torch.randint(0, CLASSES, (2, 300, 400), generator=generator, dtype=torch.uint8)
+    labels[:, :50] = 255
+    totals, labels = Totals.of(count_labels(labels.numpy())), labels.long().cuda()
+    own = {} if name in ("dice", "lovasz") else {"weights": (1.0, 0.5, 2.0, 1.0, 3.0)}
+    criterion = build_loss(Loss(name=name, **own), CLASSES, "cuda")
+    results = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(10):
+            loss = criterion(logits, labels, totals)
+            results.append([loss, *torch.autograd.grad(loss, logits)])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for result in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
 
 
 def shared_gpu_rank(world: World) -> list:
@@ -100,7 +123,7 @@ def amp_rank(world: World, precision: str) -> list:
     numerics = Numerics(precision, True, world.device)
     model = numerics.place(convert_sync_batchnorm(build_model("unet", CLASSES, width=8)))
     train_step(
-        distributed.data_parallel(model, world, sync_bn=True), step, cross_entropy,
+        distributed.data_parallel(model, world, sync_bn=True), step, CRITERION,
         build_optimizer(model, Optim(lr=1e-9)), numerics.scaler(), numerics,
         micro_batch=None, grad_clip=None,
     )  # fmt: skip
@@ -127,7 +150,7 @@ def test_what_waits_in_host_memory_gives_the_same_gradient_for_less_device_memor
         optimizer = build_optimizer(model, Optim(lr=1e-9))
         torch.cuda.reset_peak_memory_stats()
         train_step(
-            model, make_step(), cross_entropy, optimizer, numerics.scaler(), numerics,
+            model, make_step(), CRITERION, optimizer, numerics.scaler(), numerics,
             micro_batch=None, grad_clip=None, offload=offload,
         )  # fmt: skip
         results.append(([p.grad.clone() for p in model.parameters()], torch.cuda.max_memory_allocated()))

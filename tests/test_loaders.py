@@ -10,7 +10,7 @@ from PIL import Image
 
 from fcn.config import Data
 from fcn.data.datasets import build_dataset
-from fcn.data.loaders import EvalBatches, TrainShares, device_steps, eval_loader, pad_collate, train_loader
+from fcn.data.loaders import EvalBatches, Totals, TrainShares, device_steps, eval_loader, pad_collate, train_loader
 from fcn.data.samplers import EvalSampler, GlobalBatchSampler
 from fcn.data.transforms import TrainTransform
 from fcn.errors import InputError
@@ -70,6 +70,7 @@ def test_collate_pads_at_the_bottom_and_right_with_labels_255():
     assert (batch.images[1, :, :1] == 8).all()
     assert batch.sizes.tolist() == [[1, 3], [2, 1]]
     assert batch.indices.tolist() == [5, 9]
+    assert [[row[1], row[2], row[255], row.sum()] for row in batch.counts] == [[3, 0, 3, 6], [0, 2, 4, 6]]
     assert (batch.sizes.dtype, batch.indices.dtype) == (torch.int64, torch.int64)
     assert batch.padded
 
@@ -91,8 +92,9 @@ def test_collate_of_equal_sizes_pads_nothing():
 
 def test_collate_of_nothing_is_a_batch_without_images():
     batch = pad_collate([], [], [], (5, 7))
-    assert [tuple(tensor.shape) for tensor in batch] == [(0, 5, 7, 3), (0, 5, 7), (0, 2), (0,), (0,)]
-    assert [tensor.dtype for tensor in batch] == [torch.uint8, torch.uint8, *[torch.int64] * 3]
+    assert [tuple(tensor.shape) for tensor in batch] == [(0, 5, 7, 3), (0, 5, 7), (0, 2), (0,), (0,), (0, 256)]
+    assert [tensor.dtype for tensor in batch] == [torch.uint8, torch.uint8, *[torch.int64] * 4]
+    assert Totals.of(batch.counts) == ([0] * 256, 0)
     assert not batch.padded
 
 
@@ -211,13 +213,16 @@ def test_broken_file_in_evaluation_is_a_value(copied):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_every_step_arrives_with_its_count_of_valid_pixels(shapes_root, steps, workers):
+def test_every_step_arrives_with_the_counts_of_its_labels(shapes_root, steps, workers):
     found = list(device_steps(steps_of(shapes_root, WHOLE, steps=steps, workers=workers), CPU))
     assert len(found) == steps
     for step, expected in zip(found, steps_of(shapes_root, WHOLE, steps=steps)):
         assert_equal(step.batch, expected)
         indices = step.batch.indices.tolist()
-        assert step.valid_count == sum(np.count_nonzero(mask(shapes_root, index) != 255) for index in indices)
+        labels = np.concatenate([mask(shapes_root, index).ravel() for index in indices])
+        assert step.totals.pixels[:255] == [np.count_nonzero(labels == value) for value in range(255)]
+        assert step.totals.valid == np.count_nonzero(labels != 255) < len(labels)
+        assert step.totals.images == 4
         assert step.padded == (len({mask(shapes_root, index).shape for index in indices}) > 1)
         assert step.stop is False
         assert step.waited_s >= 0
@@ -234,10 +239,20 @@ def test_crop_larger_than_some_images_is_padded(shapes_root):
         assert step.padded == any(min(mask(shapes_root, index).shape) < 128 for index in indices)
 
 
+def test_images_without_valid_pixels_are_not_counted(copied):
+    for path in sorted((copied / "SegmentationClass").iterdir())[::2]:
+        Image.fromarray(np.full_like(np.array(Image.open(path)), 255)).save(path)
+    for step in device_steps(steps_of(copied, CROPPED, batch=3), CPU):
+        valid = step.batch.labels != 255
+        assert step.totals.images == sum(bool(image.any()) for image in valid)
+        assert step.totals.valid == int(valid.sum())
+
+
 def test_step_without_valid_pixels_counts_none(copied):
     for path in (copied / "SegmentationClass").iterdir():
         Image.fromarray(np.full_like(np.array(Image.open(path)), 255)).save(path)
-    assert [step.valid_count for step in device_steps(steps_of(copied, CROPPED), CPU)] == [0, 0, 0, 0]
+    for step in device_steps(steps_of(copied, CROPPED), CPU):
+        assert (step.totals.valid, step.totals.images) == (0, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

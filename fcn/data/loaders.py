@@ -34,11 +34,19 @@ class Batch(NamedTuple):
     """(N,) int64: places in the split."""
     keys: torch.Tensor
     """(N,) int64 from 0 to 2³¹ - 1: what dropout draws for each image follows from it."""
+    counts: torch.Tensor
+    """(N, 256) int64: pixels of each label value in each image."""
 
     @property
     def padded(self) -> bool:
         """Whether any image is smaller than the batch (reads host memory; ask before moving to the device)."""
         return bool((self.sizes != torch.tensor(self.images.shape[1:3])).any())
+
+
+def count_labels(labels: np.ndarray) -> torch.Tensor:
+    """(N, H, W) uint8 → (N, 256) int64: pixels of each value in each image."""
+    rows = [np.bincount(image.ravel(), minlength=256) for image in labels]
+    return torch.from_numpy(np.array(rows, np.int64).reshape(-1, 256))
 
 
 def pad_collate(
@@ -66,7 +74,7 @@ def pad_collate(
         stacked[row, :h, :w], targets[row, :h, :w] = image, target
     sizes = torch.tensor([image.shape[:2] for image in images], dtype=torch.int64).reshape(-1, 2)
     numbers = [torch.tensor(column, dtype=torch.int64) for column in (indices, keys or [0] * len(images))]
-    return Batch(torch.from_numpy(stacked), torch.from_numpy(targets), sizes, *numbers)
+    return Batch(torch.from_numpy(stacked), torch.from_numpy(targets), sizes, *numbers, count_labels(targets))
 
 
 class TrainShares(Dataset):
@@ -113,7 +121,8 @@ class EvalBatches(Dataset):
         labels = np.stack([np.asarray(mask) for _, mask in pairs])
         sizes = torch.tensor([image.shape[:2] for image in images])
         keys = torch.zeros(len(indices), dtype=torch.int64)
-        return Batch(torch.from_numpy(images), torch.from_numpy(labels), sizes, torch.tensor(indices), keys)
+        counts = count_labels(labels)
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), sizes, torch.tensor(indices), keys, counts)
 
 
 def train_loader(shares: TrainShares, sampler: GlobalBatchSampler, workers: int, device: torch.device) -> DataLoader:
@@ -159,13 +168,32 @@ def _start_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+class Totals(NamedTuple):
+    """What the labels of a step's global batch hold, as integers, so equal however many ranks counted them."""
+
+    pixels: list[int]
+    """256 numbers: pixels of each label value."""
+    images: int
+    """Images with a valid pixel."""
+
+    @property
+    def valid(self) -> int:
+        """Pixels that are not ignored."""
+        return sum(self.pixels[:IGNORE_INDEX])
+
+    @classmethod
+    def of(cls, counts: torch.Tensor) -> Totals:
+        """The totals of some images alone; `counts` is (N, 256) int64 on the CPU, as in a Batch."""
+        return cls(counts.sum(0).tolist(), int(counts[:, :IGNORE_INDEX].any(1).sum()))
+
+
 class Step(NamedTuple):
     """A step's data on this rank's device, and what all ranks know about the step."""
 
     batch: Batch
     padded: bool
-    valid_count: int
-    """Valid pixels of the global batch, over all ranks."""
+    totals: Totals
+    """Counts over the global batch, which the loss divides by."""
     stop: bool
     """Whether any rank was asked to save and leave by the time that this step was loaded, one step ahead of its use."""
     waited_s: float
@@ -177,8 +205,9 @@ def device_steps(
 ) -> Iterator[Step]:
     """Move batches to the device one step ahead of their use, while the ranks agree on what is in them.
 
-    The agreement is one small sum on the CPU, started a step early: the count of valid pixels, whether any rank found a
-    broken file (then all ranks raise the same InputError), and whether any was asked to stop.
+    The agreement is one small sum on the CPU, started a step early: the pixels of each label value and the images
+    with a valid one, whether any rank found a broken file (then all ranks raise the same InputError), and whether any
+    was asked to stop.
     """
     pending = None
     batches = iter(loader)
@@ -187,8 +216,9 @@ def device_steps(
         loaded: Batch | InputError = next(batches)
         waited_s = time.perf_counter() - began
         fault = isinstance(loaded, InputError)
-        valid = 0 if fault else int((loaded.labels != IGNORE_INDEX).sum())
-        agreement = distributed.all_reduce_sum_later(torch.tensor([valid, int(fault), int(stop_asked())]))
+        mine = Totals([0] * 256, 0) if fault else Totals.of(loaded.counts)
+        flags = (int(fault), int(stop_asked()))
+        agreement = distributed.all_reduce_sum_later(torch.tensor([*mine.pixels, mine.images, *flags]))
         padded = not fault and loaded.padded
         batch = loaded if fault else Batch(*(tensor.to(device, non_blocking=True) for tensor in loaded))
         if pending:
@@ -199,7 +229,7 @@ def device_steps(
 
 
 def _agreed(batch: Batch | InputError, padded: bool, agreement: Callable[[], torch.Tensor], waited_s: float) -> Step:
-    valid_count, faults, stops = agreement().tolist()
+    *pixels, images, faults, stops = agreement().tolist()
     if faults:
         distributed.raise_together(str(batch) if isinstance(batch, InputError) else None)
-    return Step(batch, padded, valid_count, bool(stops), waited_s)
+    return Step(batch, padded, Totals(pixels, images), bool(stops), waited_s)

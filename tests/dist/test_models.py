@@ -22,16 +22,18 @@ from torchvision.models.segmentation.fcn import FCNHead
 
 from fcn import distributed, seeding
 from fcn.checkpoint import load_checkpoint
-from fcn.data.loaders import Batch, Step
+from fcn.config import Loss
+from fcn.data.loaders import Batch, Step, Totals, count_labels
 from fcn.distributed import World
 from fcn.engine import Numerics, train_step
-from fcn.losses import cross_entropy
+from fcn.losses import build_loss
 from fcn.models import MODELS, build_model
 from fcn.models.custom import examine
 from fcn.models.layers import SampleKeys, convert_dropout, convert_sync_batchnorm
 from tests.dist.ranks import CHECKOUT, TIMEOUT_S, command, environment, run, run_ranks, started
 
 CLASSES = 4
+CRITERION = build_loss(Loss(), CLASSES)
 HERE = "tests.dist.test_models"
 
 
@@ -45,8 +47,9 @@ def make_step(images: int, side: int, rank: int, world_size: int) -> Step:
     share = images // world_size
     mine = slice(rank * share, (rank + 1) * share)
     sizes = torch.full((share, 2), side)
-    batch = Batch(pixels[mine], labels[mine], sizes, torch.arange(images)[mine], keys[mine])
-    return Step(batch, False, int((labels != 255).sum()), False, 0.0)
+    counts = count_labels(labels.numpy())
+    batch = Batch(pixels[mine], labels[mine], sizes, torch.arange(images)[mine], keys[mine], counts[mine])
+    return Step(batch, False, Totals.of(counts), False, 0.0)
 
 
 # --- every network under DistributedDataParallel -------------------------------------------------------------------
@@ -90,7 +93,7 @@ def two_steps(world: World, name: str, options: dict, side: int) -> tuple[list[s
         step = make_step(2 * world.size, side, world.rank, world.size)
         for _ in range(2):
             train_step(
-                parallel, step, cross_entropy, optimizer, numerics.scaler(), numerics, micro_batch=None, grad_clip=None, aux_weight=0.5, sample_keys=keys,
+                parallel, step, CRITERION, optimizer, numerics.scaler(), numerics, micro_batch=None, grad_clip=None, aux_weight=0.5, sample_keys=keys,
             )  # fmt: skip
     still = [key for key, parameter in model.named_parameters() if torch.equal(parameter, before[key])]
     return said, still, checksums(model)
@@ -210,7 +213,7 @@ def dropping_step(
     parallel = distributed.data_parallel(model, world, sync_bn=True)
     parallel.train()
     loss, _ = train_step(
-        parallel, make_step(IMAGES, side, world.rank, world.size), cross_entropy,
+        parallel, make_step(IMAGES, side, world.rank, world.size), CRITERION,
         torch.optim.SGD(model.parameters(), lr=0.0), numerics.scaler(), numerics, micro_batch=micro_batch,
         grad_clip=None, aux_weight=0.5, sample_keys=keys,
     )  # fmt: skip

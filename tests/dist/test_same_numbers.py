@@ -7,17 +7,28 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.same_numbers import (
+    CLASSES,
     NETWORKS,
     confusion_matrices,
     end_of_run,
     gradient_table,
+    largest_difference,
+    make_network,
+    make_step,
     run_config,
     spread,
     train,
 )
+from fcn import distributed
 from fcn.checkpoint import load_checkpoint
+from fcn.config import LOSS_OPTIONS, AddedLosses, Loss
+from fcn.distributed import World
+from fcn.engine import train_step
+from fcn.losses import build_loss
+from fcn.run import Numerics
 from tests.dist.ranks import run, run_ranks, started, wait_for_line
 from tests.dist.test_run import assert_same_tensors
 
@@ -33,6 +44,39 @@ def test_gradient_of_every_network_is_the_same_and_that_of_plain_pytorch() -> No
     assert {label: found for label, found in values.items() if not all(value <= 1e-12 for value in found)} == {}
     assert all(any(value > 0 for value in found) for found in values.values()), "rounding must show"
     assert sum(entries["accumulated"] is not None for entries in table.values()) == 6, "networks without BatchNorm"
+
+
+LOSSES = {
+    **{name: Loss(name=name) for name in LOSS_OPTIONS},
+    "weights, smoothing, sum": Loss(
+        name="ohem", add=AddedLosses(dice=0.5, lovasz=2.0, focal=1.0), weights=(1, 0.5, 0, 2, 3), label_smoothing=0.1
+    ),
+}
+
+
+def loss_gradients(world: World, micro_batch: int | None) -> dict[str, list[torch.Tensor]]:
+    """Label → [loss, gradient of each parameter] of one step on this rank's share of a fixed global batch."""
+    found = {}
+    for label, config in LOSSES.items():
+        model = make_network("unet", {"width": 4, "norm": "none"})
+        loss, _ = train_step(
+            distributed.data_parallel(model, world, sync_bn=True), make_step(world), build_loss(config, CLASSES),
+            torch.optim.SGD(model.parameters(), lr=0.0), torch.amp.GradScaler("cpu", enabled=False),
+            Numerics("fp64", False, world.device), micro_batch=micro_batch, grad_clip=None,
+        )  # fmt: skip
+        tensors = [distributed.all_reduce_sum(loss), *(parameter.grad for parameter in model.parameters())]
+        found[label] = [tensor.numpy() for tensor in tensors]
+    return found
+
+
+def test_gradient_of_every_loss_is_the_same() -> None:
+    """One image is ignored entirely, one but for a pixel, and the others by very unequal parts."""
+    alone = loss_gradients(World(0, 1, 0, torch.device("cpu"), "python"), None)
+    for processes, micro_batch in ((1, 5), (2, None), (3, 2)):
+        found = run_ranks(processes, loss_gradients, micro_batch)[-1]
+        for label, arrays in found.items():
+            tensors, expected = ([torch.from_numpy(array) for array in side] for side in (arrays, alone[label]))
+            assert largest_difference(tensors, expected) <= 1e-12, (label, processes)
 
 
 STEPS = 100
