@@ -64,6 +64,10 @@ FAULTS = {
     "image without mask": (in_data(remove_mask), ["SegmentationClass/", "no such file", "remove the entry"]),
     "mask of another size": (in_data(resize_mask), ["SegmentationClass/", "found a mask of", "equal sizes"]),
     "label above the classes": (in_data(spoil_label), ["found label 42", "0 to 6 (7 classes)"]),
+    "weights of other classes": (
+        edit("ignore_index: 255", "weights: [1, 2]"),
+        ["loss.weights: found 2 numbers", "7 classes", "one number per class"],
+    ),
     "unreadable JPEG": (in_data(spoil_jpeg), ["JPEGImages/", "broken image", "remove it from the split"]),
 }
 

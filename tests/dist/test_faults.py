@@ -103,7 +103,10 @@ def test_too_many_in_a_row_end_every_rank_with_one_message(faulty, tmp_path: Pat
 
 
 def test_a_rank_without_valid_pixels_and_a_step_without_any(tiny, tmp_path: Path) -> None:
-    """Six images of eight are ignored entirely, and two of the four ranks have no image at all."""
+    """Six images of eight are ignored entirely, and two of the four ranks have no image at all.
+
+    One part of the loss is divided by weighed pixels, the other by images.
+    """
     from PIL import Image
 
     root = tmp_path / "shapes"
@@ -118,7 +121,8 @@ def test_a_rank_without_valid_pixels_and_a_step_without_any(tiny, tmp_path: Path
     results = []
     for processes in (1, 4):
         folder = tmp_path / f"run{processes}"
-        config = tiny(data__root=str(root), run_dir=str(folder), train__batch_size=2, train__uneven=True)
+        loss = {"loss__weights": [0.5, 1, 2, 1, 0, 3, 1], "loss__add": {"dice": 0.5}}
+        config = tiny(data__root=str(root), run_dir=str(folder), train__batch_size=2, train__uneven=True, **loss)
         run(processes, "train_ddp.py", "--config", config)
         results.append(([line["loss"] for line in records(folder, "train")], load_checkpoint(folder)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-9, abs=1e-12)
