@@ -9,26 +9,20 @@ Exit status: 0 finished, 2 the input is at fault, 75 preempted after saving.
 from __future__ import annotations
 
 import math
-import os
 import sys
-import uuid
 from pathlib import Path
 
 import torch
 
-from fcn import checkpoint, cli, distributed, seeding, tracking
+from fcn import checkpoint, cli, distributed, tracking
 from fcn.config import Config, load_config, save_config, to_dict
 from fcn.data.datasets import SegmentationDataset, build_dataset
 from fcn.distributed import World
 from fcn.engine import fit
 from fcn.errors import InputError
-from fcn.models import MODELS, build_model
-from fcn.models.custom import examine
-from fcn.models.layers import convert_dropout, convert_sync_batchnorm
-from fcn.optim import build_optimizer
 from fcn.preempt import StopFlag
 from fcn.pretrained import load_pretrained
-from fcn.run import Numerics, Run
+from fcn.run import Run, build_run
 
 
 def main(argv: list[str], world: World) -> int:
@@ -65,30 +59,6 @@ def open_splits(config: Config) -> dict[str, SegmentationDataset]:
     """The data sets of the run by their split's name."""
     names = [config.data.train, config.data.val, config.data.test]
     return {name: build_dataset(config.data, name, config.loss.ignore_index) for name in names if name}
-
-
-def build_run(config: Config, world: World, splits: dict[str, SegmentationDataset]) -> tuple[Run, list[str]]:
-    """Every rank builds the same weights from the seed; also returns what to know about a network of the user's own."""
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS has no deterministic kernels
-    torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
-    torch.backends.cudnn.benchmark = config.data.crop is not None and not config.train.deterministic
-    torch.manual_seed(seeding.derive(config.seed, "weights"))
-    classes = len(splits[config.data.train].classes)
-    model = distributed.together(lambda: build_model(config.model.name, classes, **config.model.arguments()))
-    sample_keys = convert_dropout(model)
-    if config.train.sync_bn:
-        model = convert_sync_batchnorm(model)
-    numerics = Numerics(config.train.precision, config.train.channels_last, world.device)
-    model = numerics.place(model)
-    notes = []
-    if config.model.name not in MODELS:
-        size = config.data.crop or (64, 64)
-        notes = distributed.together(
-            lambda: examine(model, sample_keys, classes, size, numerics.autocast(), sync_bn=config.train.sync_bn)
-        )
-    run = Run(config, world, model, build_optimizer(model, config.optim), splits, uuid.uuid4().hex[:8], sample_keys)
-    return run, notes
 
 
 def open_console(run: Run) -> tracking.Console:

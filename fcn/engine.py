@@ -233,7 +233,7 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
     parallel.train()
     if run.average and run.step == 0:  # not before all ranks have equal weights
         run.average.reset()
-    settings = _step_settings(run)
+    settings = step_settings(run)
     loss = grad_norm = None
     pace = Pace(train.batch_size, run.step, run.steps)
     for data in _training_data(run, stop):
@@ -274,7 +274,7 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
     return _finish(run, scored, console, trackers)
 
 
-def _step_settings(run: Run) -> dict[str, Any]:
+def step_settings(run: Run) -> dict[str, Any]:
     """The arguments of `train_step` that stay the same over a run."""
     train = run.config.train
     micro_batch, offload = accumulation(run.model, train.micro_batch, math.ceil(train.batch_size / run.world.size))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import uuid
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +14,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from fcn import checkpoint
+from fcn import checkpoint, distributed, seeding
 from fcn.config import Config, config_changes, to_dict, total_steps
 from fcn.data.datasets import SegmentationDataset
 from fcn.distributed import World
 from fcn.errors import InputError
 from fcn.guard import FP16_SEARCH, NonFiniteGuard
 from fcn.losses import build_loss
-from fcn.models.layers import SampleKeys
-from fcn.optim import WeightAverage
+from fcn.models import MODELS, build_model
+from fcn.models.custom import examine
+from fcn.models.layers import SampleKeys, convert_dropout, convert_sync_batchnorm
+from fcn.optim import WeightAverage, build_optimizer
 from fcn.tracking import Record
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -155,3 +159,27 @@ class Run:
             state = {key: value for key, value in self.state().items() if key not in ("optimizer", "scaler", "guard")}
             state["model"] = state.pop("ema", state["model"])
             checkpoint.save_checkpoint(self.checkpoints / "best.pt", state)
+
+
+def build_run(config: Config, world: World, splits: dict[str, SegmentationDataset]) -> tuple[Run, list[str]]:
+    """Every rank builds the same weights from the seed; also returns what to know about a network of the user's own."""
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS has no deterministic kernels
+    torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
+    torch.backends.cudnn.benchmark = config.data.crop is not None and not config.train.deterministic
+    torch.manual_seed(seeding.derive(config.seed, "weights"))
+    classes = len(splits[config.data.train].classes)
+    model = distributed.together(lambda: build_model(config.model.name, classes, **config.model.arguments()))
+    sample_keys = convert_dropout(model)
+    if config.train.sync_bn:
+        model = convert_sync_batchnorm(model)
+    numerics = Numerics(config.train.precision, config.train.channels_last, world.device)
+    model = numerics.place(model)
+    notes = []
+    if config.model.name not in MODELS:
+        size = config.data.crop or (64, 64)
+        notes = distributed.together(
+            lambda: examine(model, sample_keys, classes, size, numerics.autocast(), sync_bn=config.train.sync_bn)
+        )
+    run = Run(config, world, model, build_optimizer(model, config.optim), splits, uuid.uuid4().hex[:8], sample_keys)
+    return run, notes

@@ -77,14 +77,20 @@ class PairDataset:
         image_path, mask_path = self.pairs[index]
         image = read_image(image_path)
         mask = decode(mask_path)
-        if image.size != mask.size:
-            turned = image.size == (mask.height, mask.width)
-            cause = " (is the image turned by its EXIF orientation, and the mask not?)" if turned else ""
-            raise InputError(
-                f"{mask_path}: found a mask of {mask.width}x{mask.height} pixels for the image {image_path.name} of "
-                f"{image.width}x{image.height}{cause}; accepted: equal sizes; export the mask again at the image's size"
-            )
+        check_sizes(image_path, image.size, mask_path, mask.size)
         return image, Image.fromarray(self.format.decode(mask, mask_path))
+
+
+def check_sizes(image_path: Path, image: tuple[int, int], mask_path: Path, mask: tuple[int, int]) -> None:
+    """Raises InputError if an image's (width, height) is not its mask's."""
+    if image == mask:
+        return
+    turned = image == mask[::-1]
+    cause = " (is the image turned by its EXIF orientation, and the mask not?)" if turned else ""
+    raise InputError(
+        f"{mask_path}: found a mask of {mask[0]}x{mask[1]} pixels for the image {image_path.name} of "
+        f"{image[0]}x{image[1]}{cause}; accepted: equal sizes; export the mask again at the image's size"
+    )
 
 
 class OwnDataset:
@@ -187,8 +193,12 @@ def list_split(data: Data, split: str) -> Listing:
     return LAYOUTS[data.name][0](data, split)
 
 
-def build_dataset(data: Data, split: str, ignore_index: int = IGNORE_INDEX) -> SegmentationDataset:
+def build_dataset(
+    data: Data, split: str, ignore_index: int = IGNORE_INDEX, pairs: Sequence[tuple[Path, Path]] | None = None
+) -> SegmentationDataset:
     """Open one split of a data set. `ignore_index` is one more label value to ignore; read labels say 255 for it.
+
+    `pairs` are those of the split's files that are wanted, if not all; then nobody asks whether they are there.
 
     Raises:
         InputError: the folder, the split's list, or files named there are missing, or `data.num_classes` is another
@@ -196,13 +206,15 @@ def build_dataset(data: Data, split: str, ignore_index: int = IGNORE_INDEX) -> S
     """
     dataset: PairDataset | OwnDataset
     if data.name in LAYOUTS:
-        pairs = list_split(data, split).pairs
-        missing = missing_files(pairs)
-        if missing:
-            more = f" (and {len(missing) - 1} more files of this split)" if len(missing) > 1 else ""
-            raise InputError(
-                f"{missing[0]}: no such file{more}, but the split '{split}' needs it; add the file or remove the entry"
-            )
+        if pairs is None:
+            pairs = list_split(data, split).pairs
+            missing = missing_files(pairs)
+            if missing:
+                more = f" (and {len(missing) - 1} more files of this split)" if len(missing) > 1 else ""
+                raise InputError(
+                    f"{missing[0]}: no such file{more}, but the split '{split}' needs it; add the file or remove the "
+                    f"entry"
+                )
         dataset = PairDataset(pairs, *classes_and_format(data))
     else:
         arguments = {"root": data.root, "split": split}
@@ -215,11 +227,16 @@ def build_dataset(data: Data, split: str, ignore_index: int = IGNORE_INDEX) -> S
         dataset = OwnDataset(own, data)
     if not len(dataset):
         raise InputError(f"data: the split '{split}' of {data.name} is empty; accepted: one image or more")
-    found = len(dataset.classes)
+    check_num_classes(data, dataset.classes)
+    dataset.format = dataset.format.ignoring(ignore_index, len(dataset.classes))
+    return dataset
+
+
+def check_num_classes(data: Data, classes: Classes) -> None:
+    """Raises InputError if `data.num_classes` is another number than the data set has."""
+    found = len(classes)
     if data.num_classes not in (None, found):
         raise InputError(
             f"data.num_classes: found {data.num_classes}, but {data.name} has {found} classes "
-            f"({', '.join(dataset.classes.names)}); set data.num_classes={found} or null"
+            f"({', '.join(classes.names)}); set data.num_classes={found} or null"
         )
-    dataset.format = dataset.format.ignoring(ignore_index, found)
-    return dataset

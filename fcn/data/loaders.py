@@ -135,6 +135,11 @@ def eval_loader(
     return _loader(EvalBatches(dataset, scale), sampler, workers, device)
 
 
+def item_loader(dataset: Dataset, count: int, workers: int) -> DataLoader:
+    """The items 0, 1, … of any map-style data set, in order, each as it is."""
+    return _loader(dataset, range(count), workers, torch.device("cpu"))
+
+
 def _loader(dataset: Dataset, sampler: Iterable, workers: int, device: torch.device) -> DataLoader:
     return DataLoader(
         dataset,
