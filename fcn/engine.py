@@ -252,6 +252,11 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
         run.step += 1
         pace.step(data.waited_s)
         last = run.step == run.steps
+        run.replaced += data.replaced
+        if run.replaced and (last or _ends_an_epoch(run)):
+            epoch = math.ceil(run.step * train.batch_size / len(run.train_split))
+            trackers.log({"event": "replaced", "step": run.step, "epoch": epoch, "faults": list(run.replaced)})
+            run.replaced = ()
         log_due, eval_due, save_due = (
             last or run.step % every == 0 for every in (train.log_every, config.eval.every, config.checkpoint.every)
         )
@@ -272,6 +277,12 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
             with pace.paused():
                 run.save()
     return _finish(run, scored, console, trackers)
+
+
+def _ends_an_epoch(run: Run) -> bool:
+    """Whether the last image of an epoch was in the step before `run.step`."""
+    size, batch = len(run.train_split), run.config.train.batch_size
+    return run.step * batch // size > (run.step - 1) * batch // size
 
 
 def step_settings(run: Run) -> dict[str, Any]:
@@ -321,7 +332,7 @@ def _naming_nondeterminism(console: Console) -> Iterator[None]:
 def _training_data(run: Run, stop: StopFlag) -> Iterator[Step]:
     config, world, dataset = run.config, run.world, run.train_split
     transform = TrainTransform(config.data.crop, config.data.scale, config.data.hflip, config.data.jitter)
-    shares = TrainShares(dataset, transform, config.seed)
+    shares = TrainShares(dataset, transform, config.seed, skip=config.data.on_error == "skip")
     loader = train_loader(shares, _sampler(run), config.data.workers, world.device)
     return device_steps(loader, world.device, stop)
 

@@ -92,6 +92,8 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.step = 0
         """Finished steps. The position in the data and the learning rate follow from it."""
+        self.replaced: tuple[str, ...] = ()
+        """What was wrong with each image that another one stood in for, in the epoch so far."""
         self.best: Record | None = None
         self.last_eval: Record | None = None
         self.tracker_id = tracker_id
@@ -105,6 +107,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "guard": self.guard.state(),
             **({"ema": self.average.model.state_dict()} if self.average else {}),
+            "replaced": list(self.replaced),
             "best": self.best,
             "last_eval": self.last_eval,
             "tracker_id": self.tracker_id,
@@ -142,6 +145,7 @@ class Run:
         self.guard.load(state.get("guard", {"streak": 0, "skipped": 0}))
         if self.average:
             self.average.model.load_state_dict(state["ema"])
+        self.replaced = tuple(state.get("replaced", ()))
         self.step, self.best, self.last_eval = state["step"], state["best"], state["last_eval"]
         if source.parent == self.checkpoints:  # a run that starts from another run's checkpoint is tracked by itself
             self.tracker_id = state["tracker_id"]

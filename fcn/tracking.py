@@ -1,7 +1,7 @@
 """What is recorded and shown: console, log file, metrics.jsonl, Weights & Biases. Rank 0 only, and no collective.
 
-A record is a plain dict with "event" ("train" or "eval") and "step" (finished steps). A tracker that fails is named
-once and dropped: it never stops training.
+A record is a plain dict with "event" ("train", "eval" or "replaced") and "step" (finished steps). A tracker that fails
+is named once and dropped: it never stops training.
 """
 
 from __future__ import annotations
@@ -84,6 +84,10 @@ class Console:
                 f"ETA {duration(record['eta_s'])}",
             )
             self.progress("  ".join(parts))
+        elif record["event"] == "replaced":
+            for fault in dict.fromkeys(record["faults"]):
+                self.line(f"warning: {fault}")
+            self.line(f"epoch {record['epoch']}: {len(record['faults'])} broken images were replaced by others")
         else:
             self.line(score_line(record))
 
@@ -122,8 +126,10 @@ class WandB:
         )  # fmt: skip
 
     def log(self, record: Record) -> None:
-        prefix = "train" if record["event"] == "train" else record["split"]
+        prefix = record["split"] if record["event"] == "eval" else "train"
         values = {f"{prefix}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
+        if "faults" in record:
+            values["train/replaced"] = len(record["faults"])
         values |= {f"{prefix}/iou/{name}": value for name, value in record.get("iou", {}).items() if value is not None}
         self.run.log({**values, "step": record["step"]})
 

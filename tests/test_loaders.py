@@ -27,14 +27,19 @@ CROPPED, WHOLE, RESIZED = Case((64, 48), (0.5, 1.5)), Case(None, None), Case(Non
 CASES = {"crop": CROPPED, "whole": WHOLE, "resized": RESIZED}
 
 
-def steps_of(root, case, *, batch=4, steps=4, start=0, rank=0, world=1, workers=0):
+def loader_of(root, case, *, batch=4, steps=4, start=0, rank=0, world=1, workers=0, skip=False):
     """The training loader of one rank; without resize nor flip, samples are the files themselves."""
     dataset = build_dataset(Data(name="shapes", root=str(root)), "train")
     transform = TrainTransform(case.crop, case.scale, 0.5 if case.scale else 0.0)
     sampler = GlobalBatchSampler(
         dataset, batch_size=batch, steps=steps, start_step=start, seed=0, rank=rank, world_size=world
     )
-    return train_loader(TrainShares(dataset, transform, seed=0), sampler, workers, CPU)
+    return train_loader(TrainShares(dataset, transform, seed=0, skip=skip), sampler, workers, CPU)
+
+
+def batches_of(root, case, **keys):
+    """What that loader hands over at each step: a batch, or an InputError."""
+    return [found if isinstance(found, InputError) else found.batch for found in loader_of(root, case, **keys)]
 
 
 def mask(root, index):
@@ -110,7 +115,7 @@ def test_collate_takes_flipped_arrays():
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_workers_do_not_change_a_batch(shapes_root, case):
-    alone, shared = list(steps_of(shapes_root, case)), list(steps_of(shapes_root, case, workers=2))
+    alone, shared = batches_of(shapes_root, case), batches_of(shapes_root, case, workers=2)
     assert len(alone) == len(shared) == 4
     for one, other in zip(alone, shared):
         assert_equal(one, other)
@@ -119,15 +124,15 @@ def test_workers_do_not_change_a_batch(shapes_root, case):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_the_batch_of_one_process(shapes_root, case, world):
-    alone = list(steps_of(shapes_root, case))
-    ranks = [list(steps_of(shapes_root, case, rank=rank, world=world)) for rank in range(world)]
+    alone = batches_of(shapes_root, case)
+    ranks = [batches_of(shapes_root, case, rank=rank, world=world) for rank in range(world)]
     for whole, *parts in zip(alone, *ranks):
         assert_equal(whole, [torch.cat(tensors) for tensors in zip(*parts)])
 
 
 @pytest.mark.parametrize("case", [WHOLE, RESIZED], ids=["whole", "resized"])
 def test_padded_size_is_the_largest_of_the_global_batch_on_every_rank(shapes_root, case):
-    ranks = [list(steps_of(shapes_root, case, rank=rank, world=2)) for rank in range(2)]
+    ranks = [batches_of(shapes_root, case, rank=rank, world=2) for rank in range(2)]
     own_size_is_smaller = False
     for one, other in zip(*ranks):
         largest = torch.cat([one.sizes, other.sizes]).amax(0).tolist()
@@ -137,7 +142,7 @@ def test_padded_size_is_the_largest_of_the_global_batch_on_every_rank(shapes_roo
 
 
 def test_whole_images_arrive_unchanged_at_the_top_left(shapes_root):
-    for batch in steps_of(shapes_root, WHOLE):
+    for batch in batches_of(shapes_root, WHOLE):
         for row, index in enumerate(batch.indices.tolist()):
             expected = np.full(batch.labels.shape[1:], 255)
             stored = mask(shapes_root, index)
@@ -147,7 +152,7 @@ def test_whole_images_arrive_unchanged_at_the_top_left(shapes_root):
 
 
 def test_a_sample_is_augmented_anew_in_each_epoch(shapes_root):
-    (first,), (second,) = (list(steps_of(shapes_root, CROPPED, batch=24, steps=s + 1, start=s)) for s in (0, 1))
+    (first,), (second,) = (batches_of(shapes_root, CROPPED, batch=24, steps=s + 1, start=s) for s in (0, 1))
     assert sorted(first.indices.tolist()) == sorted(second.indices.tolist()) == list(range(24))
     before = dict(zip(first.indices.tolist(), first.images))
     changed = [not torch.equal(before[index], image) for index, image in zip(second.indices.tolist(), second.images)]
@@ -155,7 +160,7 @@ def test_a_sample_is_augmented_anew_in_each_epoch(shapes_root):
 
 
 def test_resumed_loader_continues_with_the_same_bytes(shapes_root):
-    whole, tail = list(steps_of(shapes_root, CROPPED)), list(steps_of(shapes_root, CROPPED, start=2))
+    whole, tail = batches_of(shapes_root, CROPPED), batches_of(shapes_root, CROPPED, start=2)
     assert len(tail) == 2
     for one, other in zip(whole[2:], tail):
         assert_equal(one, other)
@@ -164,13 +169,63 @@ def test_resumed_loader_continues_with_the_same_bytes(shapes_root):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_broken_file_is_a_value_of_its_step_alone(copied, case, workers):
-    indices = next(iter(steps_of(copied, WHOLE))).indices.tolist()
+    indices = batches_of(copied, WHOLE)[0].indices.tolist()
     name = (copied / "ImageSets/Segmentation/train.txt").read_text().split()[indices[1]]
     (copied / f"JPEGImages/{name}.jpg").write_bytes(b"text")
-    first, *rest = steps_of(copied, case, workers=workers)
+    first, *rest = batches_of(copied, case, workers=workers)
     assert isinstance(first, InputError)
     assert f"{name}.jpg: cannot be read" in str(first)
     assert not any(isinstance(batch, InputError) for batch in rest)
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+BREAK = {
+    "image": lambda root, name: halve(root / f"JPEGImages/{name}.jpg"),
+    "mask": lambda root, name: halve(root / f"SegmentationClass/{name}.png"),
+    "header": lambda root, name: (root / f"SegmentationClass/{name}.png").write_bytes(b"text"),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("fault", BREAK)
+def test_another_image_stands_in_for_a_broken_one_whoever_loads_it(copied, case, fault):
+    whole = batches_of(copied, case)
+    names = (copied / "ImageSets/Segmentation/train.txt").read_text().split()
+    broken = {whole[0].indices[1].item(), whole[2].indices[3].item()}
+    for index in broken:
+        BREAK[fault](copied, names[index])
+    alone = list(loader_of(copied, case, skip=True))
+    assert [len(share.replaced) for share in alone] == [1, 0, 1, 0]
+    for before, (batch, replaced) in zip(whole, alone):
+        for row, index in enumerate(before.indices.tolist()):
+            height, width = batch.labels.shape[1:]
+            same = torch.equal(before.labels[row, :height, :width], batch.labels[row])
+            assert same == (index not in broken), "only a broken image is replaced"
+            if index in broken:
+                assert names[index] in replaced[0]
+                assert (batch.labels[row] != 255).any(), "by one that has something to learn from"
+    for world in (2, 4):
+        ranks = [list(loader_of(copied, case, skip=True, rank=rank, world=world)) for rank in range(world)]
+        for (batch, replaced), *parts in zip(alone, *ranks):
+            assert_equal(batch, [torch.cat(tensors) for tensors in zip(*(part.batch for part in parts))])
+            assert list(replaced) == [fault for part in parts for fault in part.replaced]
+
+
+def test_a_stand_in_may_be_broken_itself_but_not_all(copied):
+    names = (copied / "ImageSets/Segmentation/train.txt").read_text().split()
+    for name in names[::2]:
+        halve(copied / f"JPEGImages/{name}.jpg")
+    for batch, replaced in loader_of(copied, CROPPED, skip=True, batch=12, steps=2):
+        assert len(replaced) > 1
+        assert batch.images.shape == (12, 64, 48, 3)
+    for name in names[1::2]:
+        halve(copied / f"JPEGImages/{name}.jpg")
+    (fault,) = loader_of(copied, CROPPED, skip=True, steps=1)
+    assert isinstance(fault, InputError)
+    assert str(fault).endswith("and 16 images that could replace it are broken, too")
 
 
 # --- evaluation ----------------------------------------------------------------------------------------------------
@@ -214,9 +269,9 @@ def test_broken_file_in_evaluation_is_a_value(copied):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_every_step_arrives_with_the_counts_of_its_labels(shapes_root, steps, workers):
-    found = list(device_steps(steps_of(shapes_root, WHOLE, steps=steps, workers=workers), CPU))
+    found = list(device_steps(loader_of(shapes_root, WHOLE, steps=steps, workers=workers), CPU))
     assert len(found) == steps
-    for step, expected in zip(found, steps_of(shapes_root, WHOLE, steps=steps)):
+    for step, expected in zip(found, batches_of(shapes_root, WHOLE, steps=steps)):
         assert_equal(step.batch, expected)
         indices = step.batch.indices.tolist()
         labels = np.concatenate([mask(shapes_root, index).ravel() for index in indices])
@@ -229,11 +284,11 @@ def test_every_step_arrives_with_the_counts_of_its_labels(shapes_root, steps, wo
 
 
 def test_no_steps_left_is_no_fault(shapes_root):
-    assert list(device_steps(steps_of(shapes_root, CROPPED, steps=2, start=2), CPU)) == []
+    assert list(device_steps(loader_of(shapes_root, CROPPED, steps=2, start=2), CPU)) == []
 
 
 def test_crop_larger_than_some_images_is_padded(shapes_root):
-    for step in device_steps(steps_of(shapes_root, Case((128, 128), None)), CPU):
+    for step in device_steps(loader_of(shapes_root, Case((128, 128), None)), CPU):
         assert step.batch.images.shape == (4, 128, 128, 3)
         indices = step.batch.indices.tolist()
         assert step.padded == any(min(mask(shapes_root, index).shape) < 128 for index in indices)
@@ -242,7 +297,7 @@ def test_crop_larger_than_some_images_is_padded(shapes_root):
 def test_images_without_valid_pixels_are_not_counted(copied):
     for path in sorted((copied / "SegmentationClass").iterdir())[::2]:
         Image.fromarray(np.full_like(np.array(Image.open(path)), 255)).save(path)
-    for step in device_steps(steps_of(copied, CROPPED, batch=3), CPU):
+    for step in device_steps(loader_of(copied, CROPPED, batch=3), CPU):
         valid = step.batch.labels != 255
         assert step.totals.images == sum(bool(image.any()) for image in valid)
         assert step.totals.valid == int(valid.sum())
@@ -251,20 +306,20 @@ def test_images_without_valid_pixels_are_not_counted(copied):
 def test_step_without_valid_pixels_counts_none(copied):
     for path in (copied / "SegmentationClass").iterdir():
         Image.fromarray(np.full_like(np.array(Image.open(path)), 255)).save(path)
-    for step in device_steps(steps_of(copied, CROPPED), CPU):
+    for step in device_steps(loader_of(copied, CROPPED), CPU):
         assert (step.totals.valid, step.totals.images) == (0, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("bad", [0, 2, 3])
 def test_broken_file_ends_the_run_at_its_step(copied, bad, workers):
-    index = list(steps_of(copied, WHOLE))[bad].indices[2].item()
+    index = batches_of(copied, WHOLE)[bad].indices[2].item()
     name = (copied / "ImageSets/Segmentation/train.txt").read_text().split()[index]
     content = (copied / f"JPEGImages/{name}.jpg").read_bytes()
     (copied / f"JPEGImages/{name}.jpg").write_bytes(content[: len(content) // 2])
     arrived = []
     with pytest.raises(InputError, match=rf"^{copied}/JPEGImages/{name}\.jpg: broken image \([^\n]*$"):
-        arrived.extend(device_steps(steps_of(copied, CROPPED, workers=workers), CPU))
+        arrived.extend(device_steps(loader_of(copied, CROPPED, workers=workers), CPU))
     # `extend` keeps what came before the exception.
     assert len(arrived) == bad
 
@@ -272,11 +327,11 @@ def test_broken_file_ends_the_run_at_its_step(copied, bad, workers):
 @pytest.mark.parametrize("asked_after", [0, 1, 3])
 def test_request_to_stop_shows_in_the_steps_loaded_after_it(shapes_root, asked_after):
     stops = []
-    for step in device_steps(steps_of(shapes_root, CROPPED, steps=7), CPU, lambda: len(stops) > asked_after):
+    for step in device_steps(loader_of(shapes_root, CROPPED, steps=7), CPU, lambda: len(stops) > asked_after):
         stops.append(step.stop)
     # When a step is used, the next one is loaded already: the one after that is the first to know.
     assert stops == [False] * (asked_after + 2) + [True] * (7 - asked_after - 2)
 
 
 def test_request_to_stop_before_the_first_step(shapes_root):
-    assert [step.stop for step in device_steps(steps_of(shapes_root, CROPPED), CPU, lambda: True)] == [True] * 4
+    assert [step.stop for step in device_steps(loader_of(shapes_root, CROPPED), CPU, lambda: True)] == [True] * 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import multiprocessing.context
 import multiprocessing.forkserver
+import random
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -77,33 +78,85 @@ def pad_collate(
     return Batch(torch.from_numpy(stacked), torch.from_numpy(targets), sizes, *numbers, count_labels(targets))
 
 
+class LoadedShare(NamedTuple):
+    """A rank's share of a step as its loader hands it over."""
+
+    batch: Batch
+    replaced: Sequence[str] = ()
+    """What was wrong with each image that another one stands in for."""
+
+
 class TrainShares(Dataset):
-    """Loads a rank's share of a step: `shares[share]` is a Batch, or the InputError that a file caused.
+    """Loads a rank's share of a step: `shares[share]` is a LoadedShare, or the InputError that a file caused.
 
     An error is a value here: raised in a worker, it would reach the user as that worker's traceback.
+
+    Args:
+        skip: let another image stand in for a broken one. Which one, and how it is cut, follows from the seed, the
+            epoch and the place of the broken image, so every number of processes trains on the same.
     """
 
-    def __init__(self, dataset: SegmentationDataset, transform: TrainTransform, seed: int) -> None:
-        self.dataset, self.transform, self.seed = dataset, transform, seed
+    def __init__(
+        self, dataset: SegmentationDataset, transform: TrainTransform, seed: int, *, skip: bool = False
+    ) -> None:
+        self.dataset, self.transform, self.seed, self.skip = dataset, transform, seed, skip
 
-    def _rng(self, draw: Draw):
+    def __getitem__(self, share: Share) -> LoadedShare | InputError:
+        try:
+            size = self._size(share)
+            pairs, replaced = [], []
+            for draw in share.mine:
+                try:
+                    pairs.append(self.transform(*self.dataset.read(draw.index), self._rng(draw)))
+                except InputError as error:
+                    if not self.skip:
+                        raise
+                    pairs.append(self._stand_in(draw, size, error))
+                    replaced.append(str(error))
+            keys = [seeding.derive(self.seed, "dropout", draw.epoch, draw.index) >> 33 for draw in share.mine]
+            images, labels = [image for image, _ in pairs], [label for _, label in pairs]
+            batch = pad_collate(images, labels, [draw.index for draw in share.mine], size, keys)
+            return LoadedShare(batch, replaced)
+        except InputError as error:
+            return error
+
+    def _rng(self, draw: Draw) -> random.Random:
         return seeding.generator(self.seed, "augment", draw.epoch, draw.index)
 
     def _size(self, share: Share) -> tuple[int, int]:
-        """Height and width of the whole step's batch, equal on every rank: padding must not depend on who shares it."""
+        """Height and width of the whole step's batch, equal on every rank: padding must not depend on who shares it.
+
+        It is made of the sizes in the files' headers. Whether the rest of a file is broken only its reader knows, so a
+        stand-in has to fit into the batch as it is.
+        """
         if self.transform.crop:
             return self.transform.crop
-        plans = [self.transform.plan(self.dataset.size(draw.index), self._rng(draw)) for draw in share.all]
-        return max(plan.height for plan in plans), max(plan.width for plan in plans)
+        sizes = []
+        for draw in share.all:
+            try:
+                plan = self.transform.plan(self.dataset.size(draw.index), self._rng(draw))
+                sizes.append((plan.height, plan.width))
+            except InputError as error:
+                if not self.skip:
+                    raise
+                fault = error
+        if not sizes:
+            raise InputError(f"{fault}; and the sizes of all other images of this step are unreadable, too")
+        return max(height for height, _ in sizes), max(width for _, width in sizes)
 
-    def __getitem__(self, share: Share) -> Batch | InputError:
-        try:
-            pairs = [self.transform(*self.dataset.read(draw.index), self._rng(draw)) for draw in share.mine]
-            keys = [seeding.derive(self.seed, "dropout", draw.epoch, draw.index) >> 33 for draw in share.mine]
-            images, labels = [image for image, _ in pairs], [label for _, label in pairs]
-            return pad_collate(images, labels, [draw.index for draw in share.mine], self._size(share), keys)
-        except InputError as error:
-            return error
+    def _stand_in(self, draw: Draw, size: tuple[int, int], fault: InputError) -> tuple[np.ndarray, np.ndarray]:
+        transform = TrainTransform(size, self.transform.scale, self.transform.hflip, self.transform.jitter)
+        order = seeding.permutation(len(self.dataset), self.seed, "stand-in", draw.epoch, draw.index)
+        for index in order[:MOST_STAND_INS].tolist():
+            try:
+                return transform(*self.dataset.read(index), self._rng(draw))
+            except InputError:
+                continue
+        raise InputError(f"{fault}; and {len(order[:MOST_STAND_INS])} images that could replace it are broken, too")
+
+
+MOST_STAND_INS = 16
+"""More broken images in a row are no accident."""
 
 
 class EvalBatches(Dataset):
@@ -203,6 +256,8 @@ class Step(NamedTuple):
     """Whether any rank was asked to save and leave by the time that this step was loaded, one step ahead of its use."""
     waited_s: float
     """Seconds this rank waited for its loader."""
+    replaced: tuple[str, ...] = ()
+    """What was wrong with each image of the global batch that another one stands in for, in order."""
 
 
 def device_steps(
@@ -211,30 +266,46 @@ def device_steps(
     """Move batches to the device one step ahead of their use, while the ranks agree on what is in them.
 
     The agreement is one small sum on the CPU, started a step early: the pixels of each label value and the images
-    with a valid one, whether any rank found a broken file (then all ranks raise the same InputError), and whether any
-    was asked to stop.
+    with a valid one, whether any rank found a broken file (then all ranks raise the same InputError), how many broken
+    ones were replaced, and whether any rank was asked to stop.
     """
     pending = None
     batches = iter(loader)
     for _ in range(len(loader)):
         began = time.perf_counter()
-        loaded: Batch | InputError = next(batches)
+        loaded: LoadedShare | InputError = next(batches)
         waited_s = time.perf_counter() - began
         fault = isinstance(loaded, InputError)
-        mine = Totals([0] * 256, 0) if fault else Totals.of(loaded.counts)
-        flags = (int(fault), int(stop_asked()))
+        batch, replaced = (loaded, ()) if fault else loaded
+        mine = Totals([0] * 256, 0) if fault else Totals.of(batch.counts)
+        flags = (int(fault), len(replaced), int(stop_asked()))
         agreement = distributed.all_reduce_sum_later(torch.tensor([*mine.pixels, mine.images, *flags]))
-        padded = not fault and loaded.padded
-        batch = loaded if fault else Batch(*(tensor.to(device, non_blocking=True) for tensor in loaded))
+        padded = not fault and batch.padded
+        if not fault:
+            batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
         if pending:
             yield _agreed(*pending)
-        pending = batch, padded, agreement, waited_s
+        pending = batch, replaced, padded, agreement, waited_s
     if pending:
         yield _agreed(*pending)
 
 
-def _agreed(batch: Batch | InputError, padded: bool, agreement: Callable[[], torch.Tensor], waited_s: float) -> Step:
-    *pixels, images, faults, stops = agreement().tolist()
+def _agreed(
+    batch: Batch | InputError,
+    replaced: Sequence[str],
+    padded: bool,
+    agreement: Callable[[], torch.Tensor],
+    waited_s: float,
+) -> Step:
+    *pixels, images, faults, replacements, stops = agreement().tolist()
     if faults:
         distributed.raise_together(str(batch) if isinstance(batch, InputError) else None)
-    return Step(batch, padded, Totals(pixels, images), bool(stops), waited_s)
+    everywhere = distributed.gather(replaced) if replacements else []
+    return Step(
+        batch,
+        padded,
+        Totals(pixels, images),
+        bool(stops),
+        waited_s,
+        tuple(fault for rank in everywhere for fault in rank),
+    )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
+import train_ddp
 from fcn.checkpoint import load_checkpoint
 from fcn.data.shapes import write_shapes
-from tests.dist.ranks import run
+from fcn.distributed import World
+from tests.dist.ranks import run, run_ranks
 from tests.dist.test_run import largest_difference, records
 
 NETWORK = """
@@ -128,6 +131,32 @@ def test_a_rank_without_valid_pixels_and_a_step_without_any(tiny, tmp_path: Path
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-9, abs=1e-12)
     assert 0.0 in results[0][0], "a step without a valid pixel has loss 0"
     assert largest_difference(results[0][1], results[1][1]) <= 1e-9
+
+
+def train_in_process(world: World, arguments: list[str]) -> int:
+    return train_ddp.main(arguments, world)
+
+
+def test_broken_images_are_replaced_alike_on_any_number_of_processes(tiny, shapes_root: Path, tmp_path: Path) -> None:
+    """Whole images of mixed size, two of them cut off in the middle of the file, two epochs."""
+    root = shutil.copytree(shapes_root, tmp_path / "shapes")
+    names = (root / "ImageSets/Segmentation/train.txt").read_text().split()
+    for path in (root / f"JPEGImages/{names[4]}.jpg", root / f"SegmentationClass/{names[17]}.png"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    ends, reports = [], []
+    for processes in (1, 3):
+        folder = tmp_path / f"run{processes}"
+        changes = {"data__on_error": "skip", "data__crop": None, "train__steps": 4, "eval__every": 4}
+        config = tiny(run_dir=str(folder), data__root=str(root), **changes)
+        assert run_ranks(processes, train_in_process, ["--config", config]) == [0] * processes
+        reports.append(records(folder, "replaced"))
+        ends.append(load_checkpoint(folder))
+        log = (folder / "log.txt").read_text()
+        assert log.count("2 broken images were replaced by others") == 2
+        assert log.count(f"warning: {root}/JPEGImages/{names[4]}.jpg: broken image") == 2
+    assert reports[0] == reports[1]
+    assert [(line["step"], line["epoch"], len(line["faults"])) for line in reports[0]] == [(2, 1, 2), (4, 2, 2)]
+    assert largest_difference(*ends) <= 1e-9
 
 
 def test_what_the_line_of_a_skipped_step_says(faulty, tmp_path: Path) -> None:
