@@ -142,6 +142,25 @@ def test_a_list_may_name_the_image_and_the_mask(tmp_path):
     assert pairs(tmp_path) == [("images/a.jpg", "masks/a.png")]
 
 
+def test_lists_find_images_in_subfolders(tmp_path):
+    touch(tmp_path, *(f"{kind}/{name}.png" for kind in ("images", "masks") for name in ("a/1", "b/1", "b/2")))
+    (tmp_path / "train.txt").write_text("/home/author/images/b/1.jpg\na/1\n2\n")
+    assert [image for image, _ in pairs(tmp_path)] == ["images/b/1.png", "images/a/1.png", "images/b/2.png"]
+    (tmp_path / "train.txt").write_text("1\n")
+    assert pairs(tmp_path) == [("images/1.png", "masks/1.png")], "which of the two is not said, so it is missing"
+
+
+def test_an_image_may_end_like_a_mask(tmp_path):
+    touch(tmp_path, "images/train/x_L.png", "masks/train/x_L_L.png")
+    assert pairs(tmp_path, mask_suffix="_L") == [("images/train/x_L.png", "masks/train/x_L_L.png")]
+
+
+def test_an_image_is_not_its_own_mask(tmp_path):
+    touch(tmp_path, "all/train/a.png")
+    with pytest.raises(InputError, match=r"data\.masks: found .*all/train, as in data\.images; set data\.mask_suffix"):
+        pairs(tmp_path, images="all", masks="all")
+
+
 def test_a_fraction_is_exact_and_a_new_image_moves_hardly_any(tmp_path):
     touch(tmp_path, *(f"{folder}/{n}.png" for n in range(50) for folder in ("images", "masks")))
     train, val = (set(pairs(tmp_path, split, val_fraction=0.2)) for split in ("train", "val"))

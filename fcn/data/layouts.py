@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,9 +151,11 @@ def _paired(data: Data, split: str, images: str, masks: str, suffix: str) -> Lis
         places, per_split = [place / split for place in places], True
     oddities: list[str] = []
     found, labels = (_tree(place, oddities) for place in places)
-    if places[0] == places[1] or suffix:
-        found = {stem: path for stem, path in found.items() if not (suffix and stem.endswith(suffix))}
-        labels = {stem.removesuffix(suffix): path for stem, path in labels.items() if stem.endswith(suffix)}
+    if places[0] == places[1]:
+        if not suffix:
+            raise InputError(f"data.masks: found {places[1]}, as in data.images; set data.mask_suffix, such as _mask")
+        found = {stem: path for stem, path in found.items() if not stem.endswith(suffix)}
+    labels = {stem.removesuffix(suffix): path for stem, path in labels.items() if stem.endswith(suffix)}
     oddities += [
         f"{labels[stem]}: no image has this mask's name; add the image or remove the mask"
         for stem in sorted(labels.keys() - found.keys())
@@ -173,7 +175,7 @@ def _paired(data: Data, split: str, images: str, masks: str, suffix: str) -> Lis
             (found.get(stem, places[0] / f"{stem}.png"), labels.get(stem, places[1] / f"{stem}{ending}"))
             for stem in stems
         ],
-        tuple(oddities),
+        tuple(dict.fromkeys(oddities)),
     )
 
 
@@ -195,15 +197,21 @@ def _listed(root: Path, split: str, found: dict[str, Path]) -> list[str]:
             f"data: found no split '{split}' in {root}: no subfolder of that name, and no list "
             f"{lists / f'{split}.txt'}; add one of them, or set data.val_fraction=0.2"
         )
-    last = {Path(stem).name: stem for stem in found}
+    by_name: dict[str, list[str]] = {}
+    for stem in found:
+        by_name.setdefault(Path(stem).name, []).append(stem)
+
+    def candidates(entry: str) -> Iterator[str]:
+        """The entry, what is left of it without its first folders, and the only image of its name."""
+        parts = _without_suffix(entry).strip("/").split("/")
+        yield from (stem for first in range(len(parts)) if (stem := "/".join(parts[first:])) in found)
+        yield from by_name.get(parts[-1], []) if len(by_name.get(parts[-1], [])) == 1 else ()
+
     stems = []
     for line in _read_lines(lists / f"{split}.txt"):
         # A name may hold spaces; a line may also hold two paths, of the image and of the mask.
-        candidates = [_without_suffix(entry) for entry in (line, line.split()[0])]
-        known = [
-            found_as for entry in candidates if (found_as := entry if entry in found else last.get(Path(entry).name))
-        ]
-        stems.append(known[0] if known else candidates[0])
+        known = (stem for entry in (line, line.split()[0]) for stem in candidates(entry))
+        stems.append(next(known, _without_suffix(line)))
     return stems
 
 
