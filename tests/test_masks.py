@@ -120,6 +120,13 @@ def test_255_is_ignored_unless_it_is_listed():
     assert masks.mapping({0: 0, 255: 1}, {}).decode(mask, "m").tolist() == [[0, 1]]
 
 
+def test_a_jpeg_mask_is_told_to_be_one(tmp_path):
+    stripes = np.tile(np.array([0, 20], np.uint8).repeat(3), (16, 8))
+    Image.fromarray(stripes).save(tmp_path / "m.jpg", quality=30)
+    with Image.open(tmp_path / "m.jpg") as mask, pytest.raises(InputError, match="JPEG does not keep labels, export"):
+        VOC_FORMAT.decode(mask, "m.jpg")
+
+
 def test_numbers_are_no_colours_nor_colours_numbers():
     deep, colourful = Image.fromarray(np.zeros((2, 2), np.uint16)), Image.new("RGB", (2, 2), (1, 2, 3))
     with pytest.raises(InputError, match=r"m: found a mask in mode I;16; accepted: #ff0000 \(1 classes\)"):

@@ -145,7 +145,8 @@ def _paired(data: Data, split: str, images: str, masks: str, suffix: str) -> Lis
     SPLIT.txt in `root` or in `root`/splits, whose lines are names or paths with or without their type.
     """
     root = Path(data.root)
-    places = [_folder(root / name.replace("{split}", split)) for name in (images, masks)]
+    keys = "data.root, data.images and data.masks" if data.name == "folder" else "data.root"
+    places = [_folder(root / name.replace("{split}", split), f"check {keys}") for name in (images, masks)]
     per_split = "{split}" in images
     if data.val_fraction is None and not per_split and all((place / split).is_dir() for place in places):
         places, per_split = [place / split for place in places], True
@@ -161,9 +162,7 @@ def _paired(data: Data, split: str, images: str, masks: str, suffix: str) -> Lis
         for stem in sorted(labels.keys() - found.keys())
     ]
     if not found:
-        raise InputError(
-            f"{places[0]}: found no images; accepted: any type that Pillow reads; check data.root and data.images"
-        )
+        raise InputError(f"{places[0]}: found no images; accepted: any type that Pillow reads; check {keys}")
     stems = sorted(found)
     if data.val_fraction is not None:
         stems = _share(stems, data, split)
@@ -259,9 +258,9 @@ def _read_lines(path: Path) -> list[str]:
     return lines
 
 
-def _folder(path: Path) -> Path:
+def _folder(path: Path, remedy: str = "is data.root the right one, and the archive unpacked completely?") -> Path:
     if not path.is_dir():
-        raise InputError(f"{path}: no such folder; is data.root the right one, and the archive unpacked completely?")
+        raise InputError(f"{path}: no such folder; {remedy}")
     return path
 
 

@@ -43,6 +43,14 @@ class MaskFormat:
         Raises:
             InputError: a pixel is none of what this format lists; `source` names the mask.
         """
+        try:
+            return self._decode(mask, source)
+        except InputError as error:
+            if mask.format == "JPEG":
+                raise InputError(f"{error}; JPEG does not keep labels, export masks as PNG") from None
+            raise
+
+    def _decode(self, mask: Image.Image, source: object) -> np.ndarray:
         if self.threshold is not None:
             deep = mask.mode in DEEP
             labels = (np.asarray(mask if deep else mask.convert("L")) > self.threshold * (257 if deep else 1)) * 1
