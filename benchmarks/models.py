@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fcn.config import Loss, Optim
 from fcn.data.loaders import Batch, Step, Totals, count_labels
-from fcn.engine import infer, train_step
+from fcn.engine import train_step
+from fcn.inference import infer
 from fcn.losses import build_loss
 from fcn.models import MODELS, build_model
 from fcn.optim import build_optimizer
@@ -121,7 +122,7 @@ def measure(name: str, options: dict, size: tuple[int, int], batch: int, numeric
     training = seconds(train, numerics.device)
     model.eval()
     with torch.inference_mode():
-        inference = seconds(lambda: infer(model, images, numerics), numerics.device)
+        inference = seconds(lambda: infer(model, images, size, numerics), numerics.device)
     return inference, training
 
 

@@ -1,72 +1,118 @@
-"""Commands beside training: `python -m fcn evaluate`."""
+"""Commands beside training: `python -m fcn evaluate` and `python -m fcn predict`."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from fcn import cli, distributed, tracking
-from fcn.checkpoint import load_checkpoint
-from fcn.config import config_from_dict
+from fcn.config import protocol
 from fcn.data.datasets import build_dataset
 from fcn.distributed import World
 from fcn.engine import evaluate
 from fcn.errors import InputError
-from fcn.models import build_model
-from fcn.run import Numerics
+from fcn.inference import load_trained
+from fcn.predictions import Files, plan, predict_files
 
-EVALUATE = """Score a checkpoint on a split, each image once, at native label size.
+EVALUATE = """Score a checkpoint on a split, each image once, by default whole and at native label size.
 
-    python -m fcn evaluate --checkpoint runs/quickstart --split val
-    torchrun --nproc_per_node=8 -m fcn evaluate --checkpoint runs/quickstart/checkpoints/best.pt eval.batch_size=1
+    python -m fcn evaluate --checkpoint runs/quickstart --split val --json scores.json
+    torchrun --nproc_per_node=8 -m fcn evaluate --checkpoint runs/voc/checkpoints/best.pt eval.flip=true
 """
+PREDICT = """Write the classes of every pixel of images as palette PNGs, and overlays to look at.
+
+    python -m fcn predict --checkpoint runs/quickstart --output predictions photo.jpg more_photos/
+    torchrun --nproc_per_node=8 -m fcn predict --checkpoint best.pt --output out --set eval.window=[512,512] aerial/
+
+FOLDER/sub/a.jpg becomes OUTPUT/sub/a.png, and OUTPUT/overlays/sub/a.png. Images are taken whole, at their own size;
+eval.scales, eval.flip and eval.window hold here, too, and eval.preset does not.
+"""
+PREDICT_KEYS = ("eval.batch_size", "eval.scales", "eval.flip", "eval.window", "train.precision", "data.workers")
+"""What `--set` may change: nothing that belongs to the network or to its training."""
 
 
 def main(argv: list[str], world: World) -> int:
     parser = cli.Parser(prog="python -m fcn", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)
     command = commands.add_parser("evaluate", description=EVALUATE, help="score a checkpoint on a split")
-    command.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="FILE|RUN_DIR",
-        help="a .pt file, or a run directory for its newest checkpoint",
-    )
+    _add_checkpoint(command)
     command.add_argument("--split", help="split of the data set; default: the config's data.val")
-    command.add_argument("--output", metavar="FILE", help="write scores and confusion matrix as JSON")
+    command.add_argument("--json", metavar="FILE", help="write scores and confusion matrix")
     command.add_overrides()
+    command.set_defaults(run=evaluate_command)
+    command = commands.add_parser("predict", description=PREDICT, help="label images")
+    _add_checkpoint(command)
+    command.add_argument("--output", required=True, metavar="DIR", help="where the results go")
+    command.add_argument("--labels", metavar="DIR", help="masks under the images' names: draw image, label, prediction")
+    command.add_argument("--no-overlays", action="store_true", help="write the palette PNGs alone")
+    command.add_argument("--force", action="store_true", help="overwrite what is there")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help=f"change {', '.join(PREDICT_KEYS)}"
+    )
+    command.add_argument("inputs", nargs="+", metavar="IMAGE|DIR", help="images, or folders of images")
+    command.set_defaults(run=predict_command)
     args = parser.parse_args(argv)
-    return evaluate_command(args.checkpoint, args.split, args.output, args.overrides, world)
+    return args.run(args, world)
 
 
-def evaluate_command(path: str, split: str | None, output: str | None, overrides: list[str], world: World) -> int:
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
+    text = "a .pt file, or a run directory for its newest checkpoint"
+    command.add_argument("--checkpoint", required=True, metavar="FILE|RUN_DIR", help=text)
+
+
+def evaluate_command(args: argparse.Namespace, world: World) -> int:
     """Build the checkpoint's network and data, score one split, print and perhaps write the result."""
-    if output and not Path(output).resolve().parent.is_dir():
-        raise InputError(f"--output {output}: no such folder; make it first")
-    state = distributed.together(lambda: load_checkpoint(path))
-    # Nothing is trained, so any number of processes fits the batch size of the training run.
-    config = distributed.together(lambda: config_from_dict(state["config"], path, overrides))
-    split = split or config.data.val
+
+    def check_output() -> None:
+        if args.json and world.rank == 0 and not Path(args.json).resolve().parent.is_dir():
+            raise InputError(f"--json {args.json}: no such folder; make it first")
+
+    distributed.together(check_output)
+    trained = distributed.together(lambda: load_trained(args.checkpoint, args.overrides, world.device))
+    config, names = trained.config, trained.classes.names
+    split = args.split or config.data.val
     dataset = distributed.together(lambda: build_dataset(config.data, split, config.loss.ignore_index))
-    if list(dataset.classes.names) != state["classes"]:
+    if dataset.classes.names != names:
         raise InputError(
-            f"{path}: was trained on the classes {', '.join(state['classes'])}; data.name={config.data.name} has others"
+            f"{args.checkpoint}: was trained on the classes {', '.join(names)}; data.name={config.data.name} has others"
         )
-    numerics = Numerics(config.train.precision, config.train.channels_last, world.device)
-    model = numerics.place(build_model(config.model.name, len(dataset.classes), **config.model.arguments()))
-    try:
-        model.load_state_dict(state.get("ema", state["model"]))
-    except RuntimeError:
-        raise InputError(f"{path}: holds another network than model.* describes; leave those keys as trained") from None
-    matrix, images = evaluate(model, dataset, config, world, numerics)
+    matrix, images = evaluate(trained.model, dataset, config, world, trained.numerics)
     if world.rank == 0:
-        record = {"split": split, "step": state["step"], **matrix.scores(dataset.classes.names), "images": images}
+        record = {"split": split, "step": trained.step, **matrix.scores(names), "images": images}
+        record["protocol"] = protocol(config.eval, config.data.crop)
         print(tracking.score_table(record))
         print(tracking.score_line(record))
-        if output:
-            result = {**record, "checkpoint": path, "confusion_matrix": matrix.counts.tolist()}
-            Path(output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if args.json:
+            result = {**record, "checkpoint": args.checkpoint, "confusion_matrix": matrix.counts.tolist()}
+            tracking.write_atomically(Path(args.json), json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def predict_command(args: argparse.Namespace, world: World) -> int:
+    """Build the checkpoint's network, find the images, write the predictions."""
+    for override in args.set:
+        if override.partition("=")[0].strip() not in PREDICT_KEYS:
+            raise InputError(f"--set {override}: accepted: KEY=VALUE with one of the keys {', '.join(PREDICT_KEYS)}")
+    trained = distributed.together(lambda: load_trained(args.checkpoint, args.set, world.device))
+
+    def find() -> list[Files]:
+        suffix = trained.config.data.mask_suffix or ""
+        return plan(
+            args.inputs, Path(args.output), overlays=not args.no_overlays, labels=args.labels, mask_suffix=suffix,
+            force=args.force,
+        )  # fmt: skip
+
+    # One rank looks, so that all of them share the same images whatever happens to the folders meanwhile.
+    files = distributed.gather(distributed.together(lambda: find() if world.rank == 0 else []))[0]
+    predicted, faults = predict_files(trained, files, world)
+    if world.rank == 0:
+        how = protocol(replace(trained.config.eval, preset="native"), None)
+        print(f"{predicted} of {len(files)} images predicted into {args.output} ({how})")
+    if faults:
+        raise InputError("\n".join(faults))
     return 0
 
 

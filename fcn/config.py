@@ -60,8 +60,15 @@ ClassNames = Annotated[
     tuple[Text, ...],
     Accept("a list of 2 to 254 different names", lambda v: len(set(v)) == len(v) and 2 <= len(v) <= 254),
 ]
+Scales = Annotated[
+    tuple[float, ...],
+    Accept("a list of different numbers above 0", lambda v: v and min(v) > 0 and len(set(v)) == len(v)),
+]
 PartOfOne = Annotated[float, Accept("a number between 0 and 1", lambda value: 0 < value < 1)]
 Grey = Annotated[int, Accept("a whole number from 0 to 254", lambda value: 0 <= value <= 254)]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of red, green and blue, 0 to 1, as torchvision's pretrained networks expect them."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -111,9 +118,9 @@ class Data:
     """Number of classes that you expect; another one is an error. null: as many as the data set has."""
     options: dict | None = None
     """Keyword arguments for a data set of your own."""
-    mean: Channels = (0.485, 0.456, 0.406)
+    mean: Channels = IMAGENET_MEAN
     """Mean of red, green and blue, 0 to 1, that is subtracted from images. The default is ImageNet's."""
-    std: Channels = (0.229, 0.224, 0.225)
+    std: Channels = IMAGENET_STD
     """Standard deviation of red, green and blue, 0 to 1, that images are divided by. The default is ImageNet's."""
 
 
@@ -347,8 +354,19 @@ class Eval:
     """Steps between evaluations of `data.val`; the last step is always evaluated."""
     batch_size: Count = 8
     """Most images per process and forward pass. Only images of equal size share one. No score depends on it."""
-    scale: Positive = 1.0
-    """Images are resized by this factor for the network, and its logits back: labels are scored at native size."""
+    preset: Literal["native", "short520", "center_crop"] = "native"
+    """What of an image is scored. native: all of it, at the labels' own size. short520: image (antialiased bilinear)
+    and labels (nearest) resized to a short side of 520, as torchvision's segmentation references do; comparable with
+    scores of that kind alone. center_crop: the middle of image and labels; a side shorter than the crop stays whole."""
+    crop: Size | None = None
+    """Size of `preset: center_crop` in pixels. null: `data.crop`."""
+    scales: Scales = (1.0,)
+    """Factors by which images are resized for the network, and its logits back. Several are averaged as softmax."""
+    flip: bool = False
+    """Average the softmax of the image and of its mirror image."""
+    window: Size | None = None
+    """Images larger than this, after scaling, go through the network in windows of this size, which overlap by a third;
+    logits are averaged where they do. null: images go through whole, whatever their size."""
     pictures: CountOrZero = 4
     """Images of the split shown as panels at every evaluation."""
 
@@ -446,6 +464,28 @@ def total_steps(train: Train, dataset_size: int) -> int:
     return max(1, math.ceil(Fraction(str(train.epochs)) * dataset_size / train.batch_size))
 
 
+def protocol(evaluation: Eval, crop: tuple[int, int] | None) -> str:
+    """How scores were computed, in words, such as `native` or `center_crop 480x480, scales 0.5 1, flip`.
+
+    Args:
+        evaluation: the config's section.
+        crop: `data.crop`.
+    """
+
+    def size(pixels: tuple[int, int] | None) -> str:
+        return "x".join(map(str, pixels or ()))
+
+    cropped = evaluation.preset == "center_crop"
+    parts = [f"{evaluation.preset} {size(evaluation.crop or crop)}" if cropped else evaluation.preset]
+    if evaluation.scales != (1.0,):
+        parts.append(f"scales {' '.join(f'{scale:g}' for scale in evaluation.scales)}")
+    if evaluation.flip:
+        parts.append("flip")
+    if evaluation.window:
+        parts.append(f"window {size(evaluation.window)}")
+    return ", ".join(parts)
+
+
 MAY_CHANGE = (
     "run_dir", "resume", "data.root", "data.val", "data.test", "data.workers", "data.on_error",
     "train.uneven", "train.micro_batch", "train.steps", "train.epochs", "train.precision", "train.channels_last",
@@ -515,6 +555,11 @@ def _cross_checks(parsed: Mapping[str, Any], source: str, world_size: int) -> li
     if parsed.get("data.test") and parsed.get("data.test") == parsed.get("data.val"):
         found.append(
             f"{source}: data.test: found '{parsed['data.test']}', as in data.val; accepted: another split, or null"
+        )
+    crops = [parsed.get(key, "wrong by itself") for key in ("eval.crop", "data.crop")]
+    if parsed.get("eval.preset") == "center_crop" and crops == [None, None]:
+        found.append(
+            f"{source}: eval.crop: missing, and so is data.crop; accepted for eval.preset=center_crop: [height, width]"
         )
     for key, checks in (("data.name", _data_checks), ("loss.name", _loss_checks), ("model.name", _model_checks)):
         if name := parsed.get(key):

@@ -17,14 +17,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fcn import checkpoint, distributed, pictures, seeding
-from fcn.config import Config
+from fcn.config import Config, protocol
 from fcn.data.datasets import SegmentationDataset
-from fcn.data.loaders import Batch, Step, TrainShares, device_steps, eval_loader, train_loader
+from fcn.data.loaders import Batch, EvalBatches, Step, TrainShares, device_steps, eval_loader, train_loader
 from fcn.data.samplers import EvalSampler, GlobalBatchSampler
-from fcn.data.transforms import TrainTransform, rescale, to_input
+from fcn.data.transforms import EvalTransform, TrainTransform
 from fcn.distributed import World
 from fcn.errors import InputError
 from fcn.guard import KeptBuffers, NonFiniteGuard
+from fcn.inference import Views, predict
 from fcn.losses import Criterion
 from fcn.metrics import ConfusionMatrix
 from fcn.models.layers import SampleKeys, SyncBatchNorm2d
@@ -78,9 +79,7 @@ def train_step(
             sample_keys.value = keys
         with distributed.local_gradients(model) if part < parts else nullcontext():
             with numerics.autocast(), saved_on_host() if offload else nullcontext():
-                outputs = model(
-                    to_input(images, sizes if step.padded else None, numerics.input_dtype, numerics.channels_last)
-                )
+                outputs = model(numerics.to_input(images, sizes if step.padded else None))
                 if not isinstance(outputs, Mapping):
                     outputs = {"out": outputs}
                 part_loss = criterion(outputs["out"], labels.long(), step.totals)
@@ -124,33 +123,11 @@ def saved_on_host() -> AbstractContextManager:
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def infer(model: nn.Module, images: torch.Tensor, numerics: Numerics) -> torch.Tensor:
-    """images (N, H, W, 3) uint8 on the device → logits (N, C, H, W).
-
-    On the CPU the images go through one at a time: kernels there choose their algorithm, and so the last bits, by the
-    size of the batch, and a batch is no faster than its images. So no score depends on `eval.batch_size`.
-    """
-    inputs = to_input(images, None, numerics.input_dtype, numerics.channels_last)
-    with numerics.autocast():
-        if inputs.device.type != "cpu":
-            return model(inputs)
-        return torch.cat([model(one) for one in inputs.split(1)])
-
-
-def predict(model: nn.Module, images: torch.Tensor, size: tuple[int, int], numerics: Numerics) -> torch.Tensor:
-    """images (N, H, W, 3) uint8 on the device → classes (N, *size) int64; logits are resized before the argmax."""
-    logits = infer(model, images, numerics)
-    if logits.shape[-2:] != size:
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = nn.functional.interpolate(wide, size=size, mode="bilinear", align_corners=False)
-    return logits.argmax(dim=1)
-
-
 @torch.inference_mode()
 def evaluate(
     model: nn.Module, dataset: SegmentationDataset, config: Config, world: World, numerics: Numerics
 ) -> tuple[ConfusionMatrix, int]:
-    """Score every image of a split exactly once, whole, at the native size of its labels.
+    """Score every image of a split exactly once, as `eval` says: by default whole, at the native size of its labels.
 
     Returns:
         (the confusion matrix over all ranks, the number of images counted).
@@ -161,7 +138,9 @@ def evaluate(
     """
     sizes = distributed.together(lambda: [dataset.size(index) for index in range(len(dataset))])
     sampler = EvalSampler(sizes, batch_size=config.eval.batch_size, rank=world.rank, world_size=world.size)
-    loader: DataLoader[Batch] = eval_loader(dataset, sampler, config.eval.scale, config.data.workers, world.device)
+    batches = EvalBatches(dataset, _eval_transform(config))
+    loader: DataLoader[Batch] = eval_loader(batches, sampler, config.data.workers, world.device)
+    views = Views.of(config.eval)
     matrix = ConfusionMatrix(len(dataset.classes), device=world.device)
     seen = torch.zeros(len(dataset), dtype=torch.int64)
     fault = None
@@ -173,7 +152,7 @@ def evaluate(
             break
         seen[batch.indices] += 1
         images, labels = (tensor.to(world.device, non_blocking=True) for tensor in batch[:2])
-        matrix.update(labels, predict(model, images, tuple(labels.shape[-2:]), numerics))
+        matrix.update(labels, predict(model, images, tuple(labels.shape[-2:]), numerics, views))
     model.train(was_training)
     distributed.raise_together(fault)
     matrix.all_reduce()
@@ -195,15 +174,18 @@ def draw_panels(model: nn.Module, dataset: SegmentationDataset, config: Config, 
     shown = min(config.eval.pictures, len(dataset))
     try:
         for index in (i * len(dataset) // shown for i in range(shown)):
-            image, mask = dataset.read(index)
-            pixels = np.array(rescale(image, config.eval.scale))
-            batch = torch.from_numpy(pixels)[None].to(numerics.device)
-            classes = predict(model, batch, (mask.height, mask.width), numerics)[0]
+            image, mask = _eval_transform(config)(*dataset.read(index))
+            batch = torch.from_numpy(np.array(image))[None].to(numerics.device)
+            classes = predict(model, batch, (mask.height, mask.width), numerics, Views.of(config.eval))[0]
             rows.append((np.asarray(image), np.asarray(mask), classes.cpu().numpy(), dataset.name(index)))
     finally:  # rank 0 alone in evaluation mode would leave the other ranks waiting for its statistics
         model.train(was_training)
     path.parent.mkdir(parents=True, exist_ok=True)
     pictures.panels(rows, dataset.classes).save(path)
+
+
+def _eval_transform(config: Config) -> EvalTransform:
+    return EvalTransform(config.eval.preset, config.eval.crop or config.data.crop)
 
 
 def score(run: Run, model: nn.Module, split: str, trackers: Trackers) -> Record:
@@ -215,6 +197,7 @@ def score(run: Run, model: nn.Module, split: str, trackers: Trackers) -> Record:
     matrix, images = evaluate(model, dataset, config, run.world, run.numerics)
     scores = matrix.scores(dataset.classes.names)
     record = {"event": "eval", "step": run.step, "split": split, **scores, "images": images}
+    record["protocol"] = protocol(config.eval, config.data.crop)
     trackers.log(record)
     if run.world.rank == 0 and config.eval.pictures:
         path = run.folder / "pictures" / f"{split}_{run.step:08d}.png"

@@ -19,10 +19,30 @@ GAP = 8
 
 def colourise(labels: np.ndarray, classes: Classes) -> Image.Image:
     """Labels (H, W) integer as an RGB image in the palette's colours; 255 in `IGNORE_COLOUR`."""
+    return Image.fromarray(_colour_table(classes)[labels])
+
+
+def palette_image(labels: np.ndarray, classes: Classes) -> Image.Image:
+    """Labels (H, W) uint8 as a palette image, whose pixels are the labels and which looks like `colourise`'s.
+
+    The palette has 256 entries, so that a PNG of it has 8 bits a pixel, as VOC's masks.
+    """
+    image = Image.fromarray(labels)
+    image.putpalette(_colour_table(classes).tobytes())
+    return image
+
+
+def overlay(image: Image.Image, labels: np.ndarray, classes: Classes) -> Image.Image:
+    """An RGB image under its labels (H, W) integer, half each."""
+    return Image.blend(image, colourise(labels, classes), 0.5)
+
+
+def _colour_table(classes: Classes) -> np.ndarray:
+    """(256, 3) uint8."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(classes)] = classes.palette
     table[IGNORE_INDEX] = IGNORE_COLOUR
-    return Image.fromarray(table[labels])
+    return table
 
 
 def panels(rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, str]], classes: Classes) -> Image.Image:

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from fcn import checkpoint, distributed, seeding
-from fcn.config import Config, config_changes, to_dict, total_steps
+from fcn.config import IMAGENET_MEAN, IMAGENET_STD, Config, config_changes, to_dict, total_steps
 from fcn.data.datasets import SegmentationDataset
+from fcn.data.transforms import to_input
 from fcn.distributed import World
 from fcn.errors import InputError
 from fcn.guard import FP16_SEARCH, NonFiniteGuard
@@ -37,10 +38,25 @@ class Numerics:
     precision: str
     channels_last: bool
     device: torch.device
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Of red, green and blue, 0 to 1, for the normalisation of images."""
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    @classmethod
+    def of(cls, config: Config, device: torch.device) -> Numerics:
+        return cls(config.train.precision, config.train.channels_last, device, config.data.mean, config.data.std)
 
     @property
     def input_dtype(self) -> torch.dtype:
         return torch.float64 if self.precision == "fp64" else torch.float32
+
+    def to_input(self, images: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
+        """images (N, H, W, 3) uint8 on the device → the network's input (N, 3, H, W); `sizes` as in `to_input`."""
+        return to_input(images, sizes, self.input_dtype, self.channels_last, self.mean, self.std)
+
+    @property
+    def layout(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def autocast(self) -> Any:
         if self.precision in ("bf16", "fp16"):
@@ -53,11 +69,10 @@ class Numerics:
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model to the device, the type and the memory format of the run, in place."""
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        model.to(self.device, self.input_dtype, memory_format=layout)
+        model.to(self.device, self.input_dtype, memory_format=self.layout)
         for parameter in model.parameters():
             if parameter.ndim == 4:  # `to` leaves the strides of 1×1 kernels, DistributedDataParallel compares them
-                parameter.data = torch.empty_like(parameter, memory_format=layout).copy_(parameter.data)
+                parameter.data = torch.empty_like(parameter, memory_format=self.layout).copy_(parameter.data)
         return model
 
 
@@ -80,7 +95,7 @@ class Run:
     ) -> None:
         self.config, self.world, self.model, self.optimizer, self.splits = config, world, model, optimizer, splits
         self.sample_keys = sample_keys
-        self.numerics = Numerics(config.train.precision, config.train.channels_last, world.device)
+        self.numerics = Numerics.of(config, world.device)
         self.criterion = build_loss(config.loss, len(splits[config.data.train].classes), world.device)
         self.scaler = self.numerics.scaler()
         search = FP16_SEARCH if self.scaler.is_enabled() else 0
@@ -113,6 +128,7 @@ class Run:
             "tracker_id": self.tracker_id,
             "config": to_dict(self.config),
             "classes": list(self.train_split.classes.names),
+            "palette": [list(colour) for colour in self.train_split.classes.palette],
             "train_images": len(self.train_split),
             "world_size": self.world.size,
             "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__), "numpy": np.__version__},
@@ -177,7 +193,7 @@ def build_run(config: Config, world: World, splits: dict[str, SegmentationDatase
     sample_keys = convert_dropout(model)
     if config.train.sync_bn:
         model = convert_sync_batchnorm(model)
-    numerics = Numerics(config.train.precision, config.train.channels_last, world.device)
+    numerics = Numerics.of(config, world.device)
     model = numerics.place(model)
     notes = []
     if config.model.name not in MODELS:

@@ -223,7 +223,8 @@ def duration(seconds: float) -> str:
 
 def score_line(record: Record) -> str:
     parts = (
-        f"{record['split']} at step {record['step']}: mIoU {_score(record['miou'])} over {record['classes']} classes",
+        f"{record['split']} at step {record['step']} ({record['protocol']}): "
+        f"mIoU {_score(record['miou'])} over {record['classes']} classes",
         f"pixel accuracy {_score(record['pixel_acc'])}",
         f"mean accuracy {_score(record['mean_acc'])}",
         f"fw IoU {_score(record['fw_iou'])}",

@@ -23,6 +23,7 @@ from fcn.config import (
     config_changes,
     config_from_dict,
     load_config,
+    protocol,
     save_config,
     to_dict,
     total_steps,
@@ -197,6 +198,9 @@ WRONG = [
     ("optim:\n  lr: 0.01", "optim: 3", "optim", 11),
     ("optim:\n  lr: 0.01", "checkpoint: {keep: 1}", "checkpoint.keep", 11),
     ("optim:\n  lr: 0.01", "loss: {ignore_index: 256}", "loss.ignore_index", 11),
+    *[("optim:\n  lr: 0.01", f"eval: {{{key}: {value}}}", f"eval.{key}", 11) for key, value in (
+        ("preset", "coco"), ("scales", "[]"), ("scales", "[1.0, 0.0]"), ("scales", "[1, 1.0]"), ("scales", "0.5"),
+        ("scale", "0.5"), ("flip", "1"), ("window", "512"), ("window", "[0, 8]"), ("crop", "[8]"))],
     *[("optim:\n  lr: 0.01", f"loss: {{weights: {v}}}", "loss.weights", 11)
       for v in ("[1, -1]", "[0, 0.0]", "[]", "[1, .nan]", "[1, .inf]", "[true, 1]", "1", "{road: 1}")],
     *[("optim:\n  lr: 0.01", f"loss: {{name: ohem, keep: {v}}}", "loss.keep", 11) for v in ("0", "1.5", ".nan")],
@@ -666,6 +670,32 @@ def test_without_sync_bn_every_process_needs_an_image(problems):
     (problem,) = problems(GOOD.replace("steps: 400", "steps: 400\n  sync_bn: false\n  uneven: true"), world_size=13)
     assert "train.batch_size: found 12 for 13 processes without train.sync_bn" in problem
     assert "13 or more, or train.sync_bn=true" in problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "native"),
+        (["eval.preset=short520", "eval.scales=[1.0]"], "short520"),
+        (["eval.preset=center_crop"], "center_crop 96x64"),
+        (["eval.preset=center_crop", "eval.crop=[480,480]", "data.crop=null"], "center_crop 480x480"),
+        (["eval.crop=[480,480]", "eval.scales=[2]"], "native, scales 2"),
+        (
+            ["eval.preset=short520", "eval.scales=[0.5,1,1.75]", "eval.flip=true", "eval.window=[512,256]"],
+            "short520, scales 0.5 1 1.75, flip, window 512x256",
+        ),
+    ],
+)
+def test_protocol_says_everything_that_a_score_depends_on(load, overrides, words):
+    config = load(overrides=overrides)
+    assert protocol(config.eval, config.data.crop) == words
+
+
+def test_centre_crop_needs_a_size(problems, file):
+    (problem,) = problems(overrides=["eval.preset=center_crop", "data.crop=null"])
+    assert problem == (
+        f"{file}: eval.crop: missing, and so is data.crop; accepted for eval.preset=center_crop: [height, width]"
+    )
 
 
 @pytest.mark.parametrize("jitter", ["[0.1, 0.1, 0.1]", "[0.1, 0.1, 0.1, 0.6]", "[-0.1, 0, 0, 0]", "0.4"])

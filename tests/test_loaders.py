@@ -12,7 +12,7 @@ from fcn.config import Data
 from fcn.data.datasets import build_dataset
 from fcn.data.loaders import EvalBatches, Totals, TrainShares, device_steps, eval_loader, pad_collate, train_loader
 from fcn.data.samplers import EvalSampler, GlobalBatchSampler
-from fcn.data.transforms import TrainTransform
+from fcn.data.transforms import EvalTransform, TrainTransform
 from fcn.errors import InputError
 
 CPU = torch.device("cpu")
@@ -237,7 +237,7 @@ def test_evaluation_sees_every_image_once_whole_and_unpadded(shapes_root, worker
     sizes = [dataset.size(index) for index in range(len(dataset))]
     sampler = EvalSampler(sizes, batch_size=8, rank=0, world_size=1)
     seen = []
-    for batch in eval_loader(dataset, sampler, 1.0, workers, CPU):
+    for batch in eval_loader(EvalBatches(dataset), sampler, workers, CPU):
         assert not batch.padded
         for labels, index in zip(batch.labels, batch.indices.tolist()):
             assert np.array_equal(labels, mask(shapes_root, index))
@@ -245,12 +245,11 @@ def test_evaluation_sees_every_image_once_whole_and_unpadded(shapes_root, worker
     assert sorted(seen) == list(range(24))
 
 
-def test_evaluation_at_a_scale_resizes_images_but_not_labels(shapes_root):
+def test_evaluation_of_a_crop_cuts_image_and_labels(shapes_root):
     dataset = build_dataset(Data(name="shapes", root=str(shapes_root)), "train")
-    height, width = mask(shapes_root, 3).shape
-    batch = EvalBatches(dataset, 0.5)[[3]]
-    assert batch.images.shape == (1, round(height * 0.5), round(width * 0.5), 3)
-    assert np.array_equal(batch.labels[0], mask(shapes_root, 3))
+    batch = EvalBatches(dataset, EvalTransform("center_crop", (20, 30)))[[3]]
+    assert batch.images.shape == (1, 20, 30, 3)
+    assert batch.labels.shape == (1, 20, 30)
     assert not batch.padded
 
 

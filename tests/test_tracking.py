@@ -36,6 +36,7 @@ TRAIN = {
 EVAL = {
     "event": "eval", "step": 40, "split": "val", "miou": 0.5, "iou": {"road": 0.75, "sky": None, "pavement": 0.25},
     "pixel_acc": 0.8, "mean_acc": 0.6, "fw_iou": 0.7, "classes": 2, "images": 101,
+    "protocol": "short520, flip",
 }  # fmt: skip
 
 
@@ -390,7 +391,17 @@ def test_the_table_names_every_class_and_says_absent():
 
 def test_the_score_line_says_where_the_score_is_from():
     line = score_line(EVAL | {"miou": None})
-    for part in ("val", "step 40", "mIoU absent", "over 2 classes", "0.8000", "0.6000", "0.7000", "101 images"):
+    for part in (
+        "val",
+        "step 40",
+        "(short520, flip)",
+        "mIoU absent",
+        "over 2 classes",
+        "0.8000",
+        "0.6000",
+        "0.7000",
+        "101 images",
+    ):
         assert part in line
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import functional
+from torchvision.transforms import functional, v2
 
-from fcn.data.transforms import TrainTransform, rescale, to_input
+from fcn.data.transforms import EvalTransform, TrainTransform, to_input
 from fcn.seeding import generator
 
 SCALES = [0.4, 0.75, 1.0, 1.37, 2.0]
@@ -235,21 +235,40 @@ def test_image_and_labels_stay_aligned(scale, seed):
     assert np.array_equal(pixels[2:-2, 2:-2][flat], np.repeat(classes[2:-2, 2:-2][flat][:, None] * 20, 3, axis=1))
 
 
+# --- evaluation presets ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(30, 41), (41, 30), (375, 500), (700, 520), (1, 3)])
+def test_short520_is_what_the_reference_does(size):
+    """torchvision's references/segmentation: RandomResize(520, 520), on Pillow images."""
+    image, labels = picture(*size), grey(*size, range(21))
+    found = EvalTransform("short520")(image, labels)
+    expected = (
+        v2.functional.resize(image, [520], antialias=True),
+        v2.functional.resize(labels, [520], v2.InterpolationMode.NEAREST),
+    )
+    assert min(found[0].size) == 520
+    assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize(
-    ("scale", "size"), [(1.0, (30, 41)), (0.5, (15, 20)), (2.0, (60, 82)), (0.75, (22, 31)), (0.001, (1, 1))]
+    ("size", "crop", "rows", "columns"),
+    [
+        ((10, 16), (4, 6), slice(3, 7), slice(5, 11)),
+        ((11, 16), (4, 99), slice(3, 7), slice(0, 16)),
+        ((3, 5), (8, 8), slice(0, 3), slice(0, 5)),
+    ],
 )
-def test_rescale_resizes_by_a_factor(scale, size):
-    image = picture(30, 41)
-    result = rescale(image, scale)
-    assert (result.height, result.width) == size
-    if scale == 1.0:
-        assert np.array_equal(result, image)
+def test_center_crop_is_the_middle_of_image_and_labels(size, crop, rows, columns):
+    image, labels = picture(*size), coordinates(*size)
+    cut, classes = EvalTransform("center_crop", crop)(image, labels)
+    assert np.array_equal(cut, np.asarray(image)[rows, columns])
+    assert np.array_equal(classes, np.asarray(labels)[rows, columns])
 
 
-def test_rescale_averages_what_it_shrinks():
-    stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (64, 32)))
-    middle = np.asarray(rescale(stripes, 0.25))[2:-2, 2:-2]
-    assert np.abs(middle.astype(int) - 127).max() <= 16
+def test_native_leaves_everything_as_it_is():
+    image, labels = picture(30, 41), coordinates(30, 41)
+    assert EvalTransform()(image, labels) == (image, labels)
 
 
 # --- uint8 → the network's input -----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from fcn import distributed, seeding
 from fcn.data.datasets import SegmentationDataset
 from fcn.data.labels import IGNORE_INDEX
 from fcn.data.samplers import Draw, EvalSampler, GlobalBatchSampler, Share
-from fcn.data.transforms import TrainTransform, rescale
+from fcn.data.transforms import EvalTransform, TrainTransform
 from fcn.errors import InputError
 from fcn.preempt import SIGNALS
 
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     images: torch.Tensor
     """(N, H, W, 3) uint8, each image at the top left."""
     labels: torch.Tensor
-    """(N, H', W') uint8, 255 = ignore; H' = H and W' = W except in evaluation at a scale."""
+    """(N, H, W) uint8, 255 = ignore."""
     sizes: torch.Tensor
     """(N, 2) int64: height and width of each image before padding."""
     indices: torch.Tensor
@@ -160,17 +160,17 @@ MOST_STAND_INS = 16
 
 
 class EvalBatches(Dataset):
-    """Loads batches of equally sized images, whole; `scale` resizes the images but never the labels."""
+    """Loads batches of images of equal size; `transform` decides what of them is scored."""
 
-    def __init__(self, dataset: SegmentationDataset, scale: float = 1.0) -> None:
-        self.dataset, self.scale = dataset, scale
+    def __init__(self, dataset: SegmentationDataset, transform: EvalTransform | None = None) -> None:
+        self.dataset, self.transform = dataset, transform or EvalTransform()
 
     def __getitem__(self, indices: Sequence[int]) -> Batch | InputError:
         try:
-            pairs = [self.dataset.read(index) for index in indices]
+            pairs = [self.transform(*self.dataset.read(index)) for index in indices]
         except InputError as error:
             return error
-        images = np.stack([np.asarray(rescale(image, self.scale)) for image, _ in pairs])
+        images = np.stack([np.asarray(image) for image, _ in pairs])
         labels = np.stack([np.asarray(mask) for _, mask in pairs])
         sizes = torch.tensor([image.shape[:2] for image in images])
         keys = torch.zeros(len(indices), dtype=torch.int64)
@@ -182,10 +182,9 @@ def train_loader(shares: TrainShares, sampler: GlobalBatchSampler, workers: int,
     return _loader(shares, sampler, workers, device)
 
 
-def eval_loader(
-    dataset: SegmentationDataset, sampler: EvalSampler, scale: float, workers: int, device: torch.device
-) -> DataLoader:
-    return _loader(EvalBatches(dataset, scale), sampler, workers, device)
+def eval_loader(batches: Dataset, sampler: EvalSampler, workers: int, device: torch.device) -> DataLoader:
+    """What `batches[indices]` gives for each list of indices of the sampler, in order."""
+    return _loader(batches, sampler, workers, device)
 
 
 def item_loader(dataset: Dataset, count: int, workers: int) -> DataLoader:

@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from fcn.config import IMAGENET_MEAN, IMAGENET_STD
+
+SHORT_SIDE = 520
+"""Of the preset short520, in pixels."""
 
 
 class Plan(NamedTuple):
@@ -101,33 +103,64 @@ def resample(image: Image.Image, plan: Plan, how: Image.Resampling) -> Image.Ima
     return image.resize(size, how, box=plan.box)
 
 
-def rescale(image: Image.Image, scale: float) -> Image.Image:
-    """Resize by a factor, antialiased, as evaluation does before the network."""
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
+class EvalTransform:
+    """What of a sample is scored.
+
+    Args:
+        preset: native (all of it), short520 (all of it, resized to a short side of 520 pixels), or center_crop.
+        crop: height and width for center_crop.
+
+    Reference for short520: torchvision's references/segmentation/presets.py, `SegmentationPresetEval` on Pillow images.
+    """
+
+    def __init__(self, preset: str = "native", crop: tuple[int, int] | None = None) -> None:
+        self.preset, self.crop = preset, crop
+
+    def __call__(self, image: Image.Image, labels: Image.Image) -> tuple[Image.Image, Image.Image]:
+        """Image and labels of one size again."""
+        if self.preset == "short520":
+            image = functional.resize(image, [SHORT_SIDE], functional.InterpolationMode.BILINEAR)
+            labels = functional.resize(labels, [SHORT_SIDE], functional.InterpolationMode.NEAREST)
+        elif self.preset == "center_crop":
+            height, width = (min(sides) for sides in zip(self.crop, (image.height, image.width), strict=True))
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            box = (left, top, left + width, top + height)
+            image, labels = image.crop(box), labels.crop(box)
+        return image, labels
 
 
 @functools.cache
-def _statistics(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """ImageNet's mean and deviation in grey levels 0..255; made once, because the copy to a GPU waits for it."""
-    mean, std = (torch.tensor(value, dtype=dtype, device=device) * 255 for value in (IMAGENET_MEAN, IMAGENET_STD))
-    return mean, std
+def _statistics(
+    mean: tuple[float, float, float], std: tuple[float, float, float], dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation in grey levels 0..255; made once, because the copy to a GPU waits for it."""
+    average, deviation = (torch.tensor(value, dtype=dtype, device=device) * 255 for value in (mean, std))
+    return average, deviation
 
 
-def to_input(images: torch.Tensor, sizes: torch.Tensor | None, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
-    """Normalise a batch on its device by ImageNet's mean and standard deviation; padding becomes exactly 0.
+def to_input(
+    images: torch.Tensor,
+    sizes: torch.Tensor | None,
+    dtype: torch.dtype,
+    channels_last: bool,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+) -> torch.Tensor:
+    """Normalise a batch on its device, (image / 255 - mean) / std; padding becomes exactly 0.
 
     Args:
         images: (N, H, W, 3) uint8, the valid part of each at its top left.
         sizes: (N, 2) int64 height and width of the valid parts; None if nothing is padded.
         dtype: of the result.
         channels_last: memory format of the result.
+        mean: of red, green and blue, 0 to 1.
+        std: likewise, the standard deviation.
 
     Returns:
         (N, 3, H, W) of `dtype`.
     """
-    mean, std = _statistics(dtype, images.device)
-    result = (images.to(dtype) - mean) / std
+    average, deviation = _statistics(mean, std, dtype, images.device)
+    result = (images.to(dtype) - average) / deviation
     if sizes is not None:
         rows = torch.arange(images.shape[1], device=images.device)
         columns = torch.arange(images.shape[2], device=images.device)

@@ -176,7 +176,7 @@ def test_another_run_in_the_same_folder_is_refused(tiny, tmp_path: Path) -> None
 )
 def test_evaluation_counts_the_same_integers(trained: Path, tmp_path: Path, batch_size: int, processes: int) -> None:
     output = tmp_path / "scores.json"
-    arguments = ("-m", "fcn", "evaluate", "--checkpoint", str(trained), "--output", str(output))
+    arguments = ("-m", "fcn", "evaluate", "--checkpoint", str(trained), "--json", str(output))
     run(processes, *arguments, f"eval.batch_size={batch_size}")
     found = json.loads(output.read_text())
     assert found["images"] == 10

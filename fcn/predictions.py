@@ -1,0 +1,285 @@
+"""Predictions of image files, written as files: palette PNGs of class indices, overlays, and panels beside labels."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from fcn import distributed, pictures
+from fcn.data import masks
+from fcn.data.datasets import classes_and_format
+from fcn.data.images import decode, is_image, open_image, read_image
+from fcn.data.layouts import LAYOUTS
+from fcn.data.loaders import eval_loader
+from fcn.data.masks import MaskFormat
+from fcn.data.samplers import EvalSampler
+from fcn.distributed import World
+from fcn.errors import InputError
+from fcn.inference import Trained, Views, predict
+
+
+class Files(NamedTuple):
+    """An image and what is written for it."""
+
+    image: Path
+    classes: Path
+    """8-bit palette PNG of class indices, of the size of the image as it is read."""
+    overlay: Path | None = None
+    label: Path | None = None
+    """The image's mask, for `panel`."""
+    panel: Path | None = None
+
+    @property
+    def results(self) -> list[Path]:
+        return [path for path in (self.classes, self.overlay, self.panel) if path]
+
+
+# --- which files ---------------------------------------------------------------------------------------------------
+
+
+def plan(
+    inputs: Sequence[str], output: Path, *, overlays: bool, labels: str | None, mask_suffix: str, force: bool
+) -> list[Files]:
+    """Find the images of files and folders, decide what is written for each, and make sure that it can be.
+
+    Args:
+        inputs: images, and folders that are searched with those below them. Hidden files and folders are left out, and
+            so is `output`.
+        labels: a folder of masks, each where its image is below its own folder, under the image's name.
+        mask_suffix: what a mask's name has after the image's, before its type.
+        force: overwrite results that are there.
+
+    Raises:
+        InputError: an input or the folder of masks is missing or holds no images, two images would be written to the
+            same file, a result is there or is itself an input, or `output` cannot be written to.
+    """
+    images = {}
+    for given in map(Path, inputs):
+        for image, name in _images(given, output):
+            images[os.path.realpath(image), name] = image
+    found = {}
+    if labels is not None:
+        if not Path(labels).is_dir():
+            raise InputError(f"--labels {labels}: no such folder; accepted: a folder of masks under the images' names")
+        found = {name: path for path, name in _images(Path(labels), output)}
+    files = []
+    for (_, name), image in images.items():
+        overlay, panel = (output / folder / f"{name}.png" for folder in ("overlays", "panels"))
+        label = found.get(f"{name}{mask_suffix}")
+        files.append(Files(image, output / f"{name}.png", overlay if overlays else None, label, label and panel))
+    if found and not any(file.label for file in files):
+        (_, name), _ = next(iter(images.items()))
+        raise InputError(
+            f"--labels {labels}: found no mask of these images; accepted: names such as {name}{mask_suffix}.png"
+        )
+    _check_results(files, force)
+    try:
+        for folder in {path.parent for file in files for path in file.results}:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--output {output}: cannot be made ({error}); choose a folder that you may write to"
+        ) from None
+    return files
+
+
+def _images(given: Path, output: Path) -> Iterator[tuple[Path, str]]:
+    """(file, its name below `given` without suffix) of an image, or of a folder's images in the order of names."""
+    if given.is_file():
+        yield given, given.stem
+        return
+    if not given.is_dir():
+        raise InputError(f"{given}: no such file or folder; give images, or folders of images")
+    visited = {os.path.realpath(output)}
+    if os.path.realpath(given) in visited:
+        raise InputError(f"--output {output}: is an input folder itself; choose another folder")
+    images: list[Path] = []
+    for folder, below, names in os.walk(given, followlinks=True):
+        visited.add(os.path.realpath(folder))  # a link may lead back to a folder above it
+        below[:] = [
+            name for name in below if not name.startswith(".") and os.path.realpath(Path(folder, name)) not in visited
+        ]
+        images += [Path(folder, name) for name in names if is_image(name)]
+    if not images:
+        raise InputError(f"{given}: found no images; give images, or folders of images")
+    yield from ((image, str(image.relative_to(given).with_suffix(""))) for image in sorted(images))
+
+
+def _check_results(files: Sequence[Files], force: bool) -> None:
+    inputs = {os.path.realpath(path) for file in files for path in (file.image, file.label) if path}
+    sources: dict[Path, Path] = {}
+    for file in files:
+        for path in file.results:
+            other = sources.setdefault(path, file.image)
+            if other != file.image:
+                raise InputError(
+                    f"{file.image}: its result would be {path}, and so would that of {other}; rename one, or predict "
+                    f"them into different folders"
+                )
+            if os.path.realpath(path) in inputs:
+                raise InputError(f"{path}: is an input, and would be overwritten; choose another --output")
+    there = [path for path in sources if path.exists()]
+    if there and not force:
+        more = f" (and {len(there) - 1} more results)" if len(there) > 1 else ""
+        raise InputError(f"{there[0]}: exists{more}; choose another --output, or overwrite with --force")
+
+
+# --- read, predict, write ------------------------------------------------------------------------------------------
+
+
+class Loaded(NamedTuple):
+    """Images of one size."""
+
+    places: list[int]
+    """Which they are."""
+    images: torch.Tensor
+    """(N, H, W, 3) uint8."""
+
+
+class ImageBatches(Dataset):
+    """Loads images: `batches[places]` is (`Loaded` for each size, a line for each image that cannot be read)."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __getitem__(self, places: Sequence[int]) -> tuple[list[Loaded], list[str]]:
+        read, faults = [], []
+        for place in places:
+            try:
+                read.append((place, np.asarray(read_image(self.paths[place]))))
+            except InputError as error:
+                faults.append(str(error))
+        loaded = []
+        for _, group in groupby(read, lambda pair: pair[1].shape):  # one, unless a header was wrong
+            indices, images = zip(*group, strict=True)
+            loaded.append(Loaded(list(indices), torch.from_numpy(np.stack(images))))
+        return loaded, faults
+
+
+@torch.inference_mode()
+def predict_files(trained: Trained, files: Sequence[Files], world: World) -> tuple[int, list[str]]:
+    """Predict images and write the results; the ranks share the images, and all must pass the same list.
+
+    Returns:
+        (images predicted, a line for each file that cannot be read, or for the first that cannot be written), of all
+        ranks together.
+    """
+    config, faults, predicted = trained.config, [], 0
+    sizes = distributed.gather([_size(file.image) for file in files] if world.rank == 0 else [])[0]
+    readable = [file for file, size in zip(files, sizes, strict=True) if not isinstance(size, str)]
+    if world.rank == 0:
+        faults += [size for size in sizes if isinstance(size, str)]
+    sizes = [size for size in sizes if not isinstance(size, str)]
+    sampler = EvalSampler(sizes, batch_size=config.eval.batch_size, rank=world.rank, world_size=world.size)
+    batches = ImageBatches([file.image for file in readable])
+    workers = config.data.workers if len(sampler) > config.data.workers else 0
+    try:
+        with _progress(sum(map(len, sampler)), world) as progress:
+            for loaded, broken in eval_loader(batches, sampler, workers, world.device):
+                faults += broken
+                for places, images in loaded:
+                    faults += _predict_batch(trained, [readable[place] for place in places], images)
+                    predicted += len(places)
+                    progress.update(len(places))
+                progress.update(len(broken))
+    except InputError as error:  # nothing can be written: no use in going on
+        faults.append(str(error))
+    counts, lines = zip(*distributed.gather((predicted, faults)), strict=True)
+    return sum(counts), sorted(line for part in lines for line in part)
+
+
+def _predict_batch(trained: Trained, files: Sequence[Files], images: torch.Tensor) -> list[str]:
+    """Predict and write images of one size; returns a line for each mask that cannot be read."""
+    numerics, faults = trained.numerics, []
+    size = (images.shape[1], images.shape[2])
+    found = predict(trained.model, images.to(numerics.device), size, numerics, Views.of(trained.config.eval))
+    for file, pixels, classes in zip(files, images.numpy(), found.to(torch.uint8).cpu().numpy(), strict=True):
+        _save(pictures.palette_image(classes, trained.classes), file.classes)
+        if file.overlay:
+            _save(pictures.overlay(Image.fromarray(pixels), classes, trained.classes), file.overlay)
+        if file.label and file.panel:
+            try:
+                labels = _read_labels(file, size, trained)
+            except InputError as error:
+                faults.append(str(error))
+                continue
+            row = (pixels, labels, classes, file.image.name)
+            _save(pictures.panels([row], trained.classes), file.panel)
+    return faults
+
+
+def _size(path: Path) -> tuple[int, int] | str:
+    """(height, width) that the image will have once it is read, from its header; or what is wrong with the file."""
+    orientation, on_its_side = 0x0112, (5, 6, 7, 8)
+    try:
+        with open_image(path) as image:
+            turned = image.getexif().get(orientation) in on_its_side
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except InputError as error:
+        return str(error)
+
+
+def _read_labels(file: Files, size: tuple[int, int], trained: Trained) -> np.ndarray:
+    """The labels of an image, by the mask format of the data set that the network was trained on."""
+    mask = decode(file.label)
+    if (mask.height, mask.width) != size:
+        raise InputError(
+            f"{file.label}: found a mask of {mask.width}x{mask.height} pixels for the image {file.image.name} of "
+            f"{size[1]}x{size[0]}; accepted: equal sizes"
+        )
+    return _mask_format(trained).decode(mask, file.label)
+
+
+def _mask_format(trained: Trained) -> MaskFormat:
+    data = trained.config.data
+    known = classes_and_format(data)[1] if data.name in LAYOUTS else masks.indices(trained.classes)
+    return known.ignoring(trained.config.loss.ignore_index, len(trained.classes))
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    """Write a PNG so that a crash leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        picture.save(temporary, "PNG", compress_level=1)  # a third of the time for photographs
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error}); make room there, or choose another --output") from None
+
+
+def _progress(images: int, world: World) -> Any:
+    """Rank 0's progress through its own share: a bar on a terminal, elsewhere a line every ten seconds."""
+    from tqdm import tqdm  # nothing else needs it
+
+    live = sys.stderr.isatty()
+    return tqdm(
+        total=images,
+        desc=f"process 1 of {world.size}" if world.size > 1 else "predict",
+        unit=" images",
+        disable=world.rank != 0,
+        file=sys.stderr if live else _Lines(sys.stderr),
+        mininterval=0.1 if live else 10,
+    )
+
+
+class _Lines:
+    """A stream on which tqdm's line is not rewritten but followed by the next."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self.stream.write(f"{text.strip()}\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
