@@ -1,4 +1,4 @@
-"""Commands beside training: `python -m fcn evaluate` and `python -m fcn predict`."""
+"""Commands beside training: `python -m fcn check`, `evaluate` and `predict`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from fcn import cli, distributed, tracking
-from fcn.config import protocol
+from fcn.check import check
+from fcn.config import load_config, protocol
 from fcn.data.datasets import build_dataset
+from fcn.data.layouts import mask_suffix
 from fcn.distributed import World
 from fcn.engine import evaluate
 from fcn.errors import InputError
@@ -33,10 +35,22 @@ eval.scales, eval.flip and eval.window hold here, too, and eval.preset does not.
 PREDICT_KEYS = ("eval.batch_size", "eval.scales", "eval.flip", "eval.window", "train.precision", "data.workers")
 """What `--set` may change: nothing that belongs to the network or to its training."""
 
+CHECK = """Look before you leap: read all data of a config, try its network for a step, and say what that takes.
+
+    python -m fcn check --config configs/linknet_camvid.yaml data.root=/data/camvid
+
+Every fault is named at the end, one line each. Exit status: 0 no faults, 2 faults.
+"""
+
 
 def main(argv: list[str], world: World) -> int:
     parser = cli.Parser(prog="python -m fcn", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)
+    command = commands.add_parser("check", description=CHECK, help="look at data, network and memory before a run")
+    command.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as configs/quickstart.yaml")
+    command.add_argument("--headers", action="store_true", help="believe the images' headers; masks are always read")
+    command.add_overrides()
+    command.set_defaults(run=check_command)
     command = commands.add_parser("evaluate", description=EVALUATE, help="score a checkpoint on a split")
     _add_checkpoint(command)
     command.add_argument("--split", help="split of the data set; default: the config's data.val")
@@ -61,6 +75,13 @@ def main(argv: list[str], world: World) -> int:
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:
     text = "a .pt file, or a run directory for its newest checkpoint"
     command.add_argument("--checkpoint", required=True, metavar="FILE|RUN_DIR", help=text)
+
+
+def check_command(args: argparse.Namespace, world: World) -> int:
+    """Look at a config's data, and try its network for a step."""
+    if world.size > 1:
+        raise InputError(f"found {world.size} processes; check needs one: python -m fcn check …")
+    return check(load_config(args.config, args.overrides), args.config, world, args.headers)
 
 
 def evaluate_command(args: argparse.Namespace, world: World) -> int:
@@ -99,7 +120,7 @@ def predict_command(args: argparse.Namespace, world: World) -> int:
     trained = distributed.together(lambda: load_trained(args.checkpoint, args.set, world.device))
 
     def find() -> list[Files]:
-        suffix = trained.config.data.mask_suffix or ""
+        suffix = mask_suffix(trained.config.data)
         return plan(
             args.inputs, Path(args.output), overlays=not args.no_overlays, labels=args.labels, mask_suffix=suffix,
             force=args.force,

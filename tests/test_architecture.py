@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "errors", "schema", "config", "distributed", "cli", "preempt", "seeding", "user_code",
     "data", "data.labels", "data.images", "data.masks", "data.layouts", "data.datasets",
-    "data.transforms", "data.samplers", "data.loaders",
+    "data.transforms", "data.samplers", "data.loaders", "data.inspection",
     "models.layers", "models.custom", "models.fcn_resnet", "models.fcn_vgg", "models.linknet", "models.unet", "models",
     "losses", "metrics", "optim", "guard", "checkpoint", "pretrained", "tracking", "pictures", "run", "inference",
-    "engine", "predictions", "data.shapes", "__main__",
+    "engine", "check", "predictions", "data.shapes", "__main__",
 )  # fmt: skip
 """A module imports only from modules before it. `data.shapes` writes a data set and is a command like `__main__`."""
 

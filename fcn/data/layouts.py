@@ -130,12 +130,17 @@ def kitti_road(data: Data, split: str) -> Listing:
 
 def portrait(data: Data, split: str) -> Listing:
     """00001.png with 00001_matte.png, in one folder a split, or in `root` with lists or `data.val_fraction`."""
-    return _paired(data, split, images="", masks="", suffix="_matte")
+    return _paired(data, split, images="", masks="", suffix=mask_suffix(data))
 
 
 def folder(data: Data, split: str) -> Listing:
     """Images in one folder and masks in another, paired by their names; see `_paired`."""
-    return _paired(data, split, data.images or "images", data.masks or "masks", data.mask_suffix or "")
+    return _paired(data, split, data.images or "images", data.masks or "masks", mask_suffix(data))
+
+
+def mask_suffix(data: Data) -> str:
+    """What a mask's name has after its image's, before its type, where they are paired by their names."""
+    return "_matte" if data.name == "portrait" else data.mask_suffix or ""
 
 
 def _paired(data: Data, split: str, images: str, masks: str, suffix: str) -> Listing:

@@ -1,0 +1,345 @@
+"""What the files of a split hold: every fault by its file, the images' sizes, the pixels of each class."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchvision.io import decode_jpeg
+from tqdm import tqdm
+
+from fcn.config import Data
+from fcn.data.datasets import (
+    PairDataset,
+    SegmentationDataset,
+    build_dataset,
+    check_num_classes,
+    check_sizes,
+    list_split,
+)
+from fcn.data.images import decode, open_image, read_image
+from fcn.data.labels import IGNORE_INDEX
+from fcn.data.layouts import LAYOUTS, missing_files
+from fcn.data.loaders import item_loader
+from fcn.errors import InputError
+
+Size = tuple[int, int]
+
+
+@dataclass(slots=True)
+class Sample:
+    """What was found in one image and its mask."""
+
+    source: str
+    """What messages call the image: its file, or its place in a data set of the user's own."""
+    faults: list[str] = field(default_factory=list)
+    """What stops a run, or spoils it unnoticed; one line each."""
+    warnings: list[str] = field(default_factory=list)
+    size: Size | None = None
+    """(height, width) as a run sees it; None if unreadable."""
+    counts: np.ndarray | None = None
+    """(256,) int64: pixels of each label, 255 = ignore; None if the mask is unreadable."""
+    digest: bytes | None = None
+    """Hash of the image's content; None if only its header was read."""
+
+    @contextlib.contextmanager
+    def noting(self, prefix: str = "") -> Iterator[None]:
+        """Makes an InputError a fault."""
+        try:
+            yield
+        except InputError as error:
+            self.faults.append(f"{prefix}{error}")
+
+
+class Inspector(Dataset):
+    """Reads sample after sample of a split, in worker processes: `inspector[index]` is a Sample.
+
+    Args:
+        dataset: whose files are all there.
+        split: its name.
+        headers_only: believe an image's header, as long as the end of its file is there; masks are always decoded.
+    """
+
+    def __init__(self, dataset: SegmentationDataset, split: str, headers_only: bool) -> None:
+        self.dataset, self.split, self.headers_only = dataset, split, headers_only
+
+    def __getitem__(self, index: int) -> Sample:
+        files = isinstance(self.dataset, PairDataset)
+        sample = self._files(*self.dataset.pairs[index]) if files else self._own(index)
+        if sample.counts is not None and not sample.counts[:IGNORE_INDEX].any():
+            source = self.dataset.pairs[index][1] if files else sample.source
+            sample.faults.append(
+                f"{source}: all its pixels are ignored, so there is nothing to learn or to score; label it or remove it"
+            )
+        return sample
+
+    def _files(self, image_path: Path, mask_path: Path) -> Sample:
+        sample = Sample(str(image_path))
+        image_size = mask = None
+        with sample.noting():
+            image_size = self._image(image_path, sample)
+            sample.size = image_size[::-1]
+        with sample.noting():
+            mask = decode(mask_path)
+            self._hidden(mask_path, sample)
+            sample.counts = _histogram(self.dataset.format.decode(mask, mask_path))
+        if image_size and mask:
+            with sample.noting():
+                check_sizes(image_path, image_size, mask_path, mask.size)
+        return sample
+
+    def _image(self, path: Path, sample: Sample) -> Size:
+        """(width, height)."""
+        with open_image(path) as image:
+            if self.headers_only and _has_its_end(path, image.format):
+                sideways = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+                return image.size[::-1] if sideways else image.size
+        size = read_image(path).size
+        self._hidden(path, sample)
+        if not self.headers_only:
+            sample.digest = hashlib.blake2b(path.read_bytes()).digest()
+        return size
+
+    def _hidden(self, path: Path, sample: Sample) -> None:
+        complaint = hidden_damage(path)
+        if complaint:
+            harmless = re.search(r"\b\d{1,2} extraneous bytes before marker 0xd9", complaint)
+            (sample.warnings if harmless else sample.faults).append(
+                f"{path}: opens, but is damaged ({complaint}); copy it again or remove it from the split"
+            )
+
+    def _own(self, index: int) -> Sample:
+        sample = Sample(f"split '{self.split}': sample {index} of {self.dataset.path}")
+        with sample.noting(f"split '{self.split}': "):
+            image, labels = self.dataset.read(index)
+            sample.size = (image.height, image.width)
+            sample.digest = hashlib.blake2b(image.tobytes()).digest()
+            sample.counts = _histogram(np.asarray(labels))
+        return sample
+
+
+EXIF_ORIENTATION = 0x0112
+
+
+def _histogram(labels: np.ndarray) -> np.ndarray:
+    return np.bincount(labels.ravel(), minlength=256)
+
+
+def _has_its_end(path: Path, image_format: str | None) -> bool:
+    """Whether the end mark of a JPEG or PNG is near the end of the file; False for other types, which have none.
+
+    A JPEG's cannot occur within its pixels. What cameras append after it may hide it.
+    """
+    mark = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(image_format or "")
+    if not mark:
+        return False
+    with path.open("rb") as file:
+        file.seek(-min(1024, path.stat().st_size), os.SEEK_END)
+        return mark in file.read()
+
+
+def hidden_damage(path: Path) -> str | None:
+    """What is wrong with a file that Pillow decodes without complaint, or None.
+
+    Pillow drops libjpeg's warnings, and a JPEG that is damaged in the middle decodes to other pixels; torchvision lets
+    libjpeg print the first of them. A PNG's pixels can change without harm to the decoder, but not its checksums.
+    """
+    with open_image(path) as image:
+        if image.format == "PNG":
+            try:
+                image.verify()
+            except Exception as error:  # SyntaxError, OSError, struct.error: whatever the damage leads to
+                return str(error)
+        if image.format not in ("JPEG", "MPO"):  # MPO: several JPEGs, as phones write them
+            return None
+    with _printed_by_c() as printed, contextlib.suppress(RuntimeError):  # it refuses what is rare, and Pillow reads
+        decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)))
+    complaint = re.search(r"^(Corrupt JPEG data|Premature end).*", "".join(printed), re.MULTILINE)
+    return complaint.group().strip() if complaint else None
+
+
+@contextlib.contextmanager
+def _printed_by_c() -> Iterator[list[str]]:
+    """What C code writes to stderr inside goes to a list instead, at the end."""
+    printed: list[str] = []
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield printed
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            file.seek(0)
+            printed.append(file.read().decode(errors="replace"))
+
+
+# --- a whole split -------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class SplitReport:
+    """What was found in a split."""
+
+    split: str
+    entries: int = 0
+    """Pairs that the split names, whether they are there or not."""
+    dataset: SegmentationDataset | None = None
+    """Those of its pairs whose files are there, each once; None if there are none."""
+    sizes: dict[int, Size] = field(default_factory=dict)
+    """(height, width) of the samples of `dataset` without faults, by their index."""
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
+    """(256,) int64: pixels of each label in all readable masks, 255 = ignore."""
+    surroundings: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
+    """(256,) int64: labelled pixels, of any class, of the images in which a label occurs."""
+    digests: dict[str, bytes | None] = field(default_factory=dict)
+    """Hash of each readable image's content, by what messages call it."""
+    oddities: dict[str, str] = field(default_factory=dict)
+    """What is wrong in the folders, perhaps in those of all splits, by file."""
+    incomplete: set[str] = field(default_factory=set)
+    """Files of those pairs of which one is missing."""
+    faults: list[str] = field(default_factory=list)
+    """One line each, that names the file."""
+    warnings: list[str] = field(default_factory=list)
+
+    def add(self, index: int, sample: Sample) -> None:
+        self.faults += sample.faults
+        self.warnings += sample.warnings
+        if sample.size:
+            self.digests[sample.source] = sample.digest
+        if sample.counts is not None:
+            self.pixels += sample.counts
+            self.surroundings += (sample.counts > 0) * sample.counts[:IGNORE_INDEX].sum()
+        if sample.size and not sample.faults:
+            self.sizes[index] = sample.size
+
+
+def inspect_split(data: Data, split: str, ignore_index: int = IGNORE_INDEX, headers_only: bool = False) -> SplitReport:
+    """Read every image and mask of a split, in parallel, with a progress bar on a terminal. Faults are in the report.
+
+    Args:
+        ignore_index: one more label value to ignore.
+        headers_only: see `Inspector`.
+    """
+    report = SplitReport(split)
+    try:
+        dataset = report.dataset = _open(data, split, ignore_index, report)
+    except InputError as error:
+        report.faults.append(str(error))
+        return report
+    if dataset is None:
+        return report
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # A worker takes longer to start than a few images to read.
+    workers = min(data.workers or cores, cores, len(dataset) // 64)
+    samples = item_loader(Inspector(dataset, split, headers_only), len(dataset), workers)
+    progress = tqdm(samples, desc=f"reading {split}", total=len(dataset), unit=" images", leave=False, disable=None)
+    for index, sample in enumerate(progress):
+        report.add(index, sample)
+    return report
+
+
+def _open(data: Data, split: str, ignore_index: int, report: SplitReport) -> SegmentationDataset | None:
+    """The pairs of a split whose files are there; what is wrong with the others goes to the report."""
+    pairs = None
+    if data.name in LAYOUTS:
+        listing = list_split(data, split)
+        report.entries = len(listing.pairs)
+        report.oddities = {oddity.partition(": ")[0]: oddity for oddity in listing.oddities}
+        pairs = _present(listing.pairs, split, report)
+        if listing.pairs and not pairs:
+            return None
+    dataset = build_dataset(dataclasses.replace(data, num_classes=None), split, ignore_index, pairs)
+    report.entries = report.entries or len(dataset)
+    try:
+        check_num_classes(data, dataset.classes)
+    except InputError as error:
+        report.faults.append(str(error))
+    return dataset
+
+
+def _present(pairs: Sequence[tuple[Path, Path]], split: str, report: SplitReport) -> list[tuple[Path, Path]]:
+    missing = set(missing_files(pairs))
+    present = []
+    for pair in dict.fromkeys(pairs):
+        gone = [path for path in pair if path in missing]
+        if gone:
+            report.incomplete |= set(map(str, pair))
+            what = f"no such file, nor its mask {gone[1].name}" if len(gone) == 2 else "no such file"
+            report.faults.append(
+                f"{gone[0]}: {what}, but the split '{split}' needs it; add the file or remove the entry"
+            )
+        else:
+            present.append(pair)
+    report.faults += [
+        f"{image}: found {count} times in the split '{split}'; accepted: once; remove an entry"
+        for image, count in Counter(image for image, _ in pairs).items()
+        if count > 1
+    ]
+    return present
+
+
+# --- what splits have in common ------------------------------------------------------------------------------------
+
+
+def odd_files(reports: Sequence[SplitReport]) -> list[str]:
+    """The oddities of all splits, a line each; not those of files whose pair is a fault already."""
+    known = set().union(*(report.incomplete for report in reports))
+    oddities = {file: oddity for report in reports for file, oddity in report.oddities.items()}
+    return [oddity for file, oddity in oddities.items() if file not in known]
+
+
+def repeated_images(reports: Iterable[SplitReport]) -> tuple[list[str], list[str]]:
+    """(faults: images in more than one split, by file or content; warnings: equal images in one split), a line each."""
+    splits: dict[str, list[str]] = {}
+    twins: dict[bytes, list[str]] = {}
+    for report in reports:
+        for source, digest in report.digests.items():
+            splits.setdefault(source, []).append(report.split)
+            if digest:
+                twins.setdefault(digest, []).append(source)
+    faults = [
+        f"{source}: is in the splits {' and '.join(map(repr, names))}; accepted: one; remove it from the other lists"
+        for source, names in splits.items()
+        if len(names) > 1
+    ]
+    warnings = []
+    for sources in twins.values():
+        first, *others = dict.fromkeys(sources)
+        for other in others:
+            home, away = splits[first][0], splits[other][0]
+            leak = home != away
+            (faults if leak else warnings).append(
+                f"{other}: has the same content as {first}"
+                + (f", so the splits '{home}' and '{away}' share an image" if leak else "")
+                + "; remove one of them"
+            )
+    return faults, warnings
+
+
+def median_frequency_weights(pixels: np.ndarray, surroundings: np.ndarray) -> np.ndarray:
+    """Weights of the classes by median-frequency balancing (Eigen and Fergus 2015; as SegNet uses it), (C,) float64.
+
+    The frequency of a class is its share of the labelled pixels of those images in which it occurs; its weight is the
+    median of the classes' frequencies, divided by its own. A class that never occurs gets 1.
+
+    Args:
+        pixels: (C,) pixels of each class.
+        surroundings: (C,) labelled pixels, of any class, of the images in which each class occurs.
+    """
+    weights = np.ones(len(pixels))
+    occurs = pixels > 0
+    frequency = pixels[occurs] / surroundings[occurs]
+    weights[occurs] = np.median(frequency) / frequency if occurs.any() else 1
+    return weights
