@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from fcn import distributed
-from fcn.config import Loss, Optim
+from fcn.check import Trial, states
+from fcn.config import Loss, Optim, load_config
+from fcn.data.inspection import inspect_split
 from fcn.data.loaders import Batch, Step, Totals, count_labels
 from fcn.distributed import World
 from fcn.engine import train_step
@@ -18,7 +21,7 @@ from fcn.losses import LOSSES, build_loss
 from fcn.models import build_model
 from fcn.models.layers import convert_sync_batchnorm
 from fcn.optim import build_optimizer
-from fcn.run import Numerics
+from fcn.run import Numerics, build_run
 from tests.dist.ranks import run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -157,3 +160,14 @@ def test_what_waits_in_host_memory_gives_the_same_gradient_for_less_device_memor
     for one, other in zip(*(grads for grads, _ in results), strict=True):
         torch.testing.assert_close(one, other)
     assert results[1][1] < results[0][1]
+
+
+def test_memory_of_a_checked_config_is_what_its_steps_take(shapes_root: Path) -> None:
+    overrides = [f"data.root={shapes_root}", "data.crop=[96,96]"]
+    config = load_config("configs/quickstart.yaml", overrides)
+    report = inspect_split(config.data, "train")
+    run, _ = build_run(config, World(0, 1, 0, torch.device("cuda", 0), "python"), {"train": report.dataset})
+    trial = Trial(run, report)
+    memory = trial.memory()
+    assert 0 < sum(states(run).values()) < memory.fixed
+    assert memory.of(8) == pytest.approx(trial.bytes_of_step(8), rel=0.25)

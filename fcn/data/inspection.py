@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -163,9 +164,13 @@ def hidden_damage(path: Path) -> str | None:
                 return str(error)
         if image.format not in ("JPEG", "MPO"):  # MPO: several JPEGs, as phones write them
             return None
-    with _printed_by_c() as printed, contextlib.suppress(RuntimeError):  # it refuses what is rare, and Pillow reads
-        decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)))
-    complaint = re.search(r"^(Corrupt JPEG data|Premature end).*", "".join(printed), re.MULTILINE)
+    with _printed_by_c() as printed, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torchvision 0.29 says that a later one has no decoders
+        try:
+            decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)))
+        except RuntimeError as error:  # also for some rare kinds of JPEG that Pillow reads
+            printed.append(f"{error}\n")
+    complaint = re.search(r"(Corrupt JPEG data|Premature end|Image is incomplete).*", "".join(printed))
     return complaint.group().strip() if complaint else None
 
 
