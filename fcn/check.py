@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from fcn.cli import BAD_INPUT
@@ -129,25 +128,23 @@ def split_table(reports: Sequence[SplitReport]) -> str:
 
 
 def histogram(reports: Sequence[SplitReport], names: Sequence[str]) -> str:
-    """Pixels of each class, their share of the labelled ones, and weights that the first split suggests."""
+    """Pixels of each class, their share of the labelled ones, and weights that the first split, if it has any, suggests."""
     count = len(names)
     columns = [["class", *names, "ignored"]]
     for report in reports:
         labelled, ignored = int(report.pixels[:count].sum()), int(report.pixels[IGNORE_INDEX])
         cells = [_share(int(pixels), labelled) for pixels in report.pixels[:count]]
         columns.append([report.split, *cells, _share(ignored, labelled + ignored)])
-    weights = [f"{weight:.4g}" for weight in median_frequency_weights(*_of_classes(reports[0], count))]
-    columns.append(["weight", *weights, ""])
-    return (
-        f"{table(columns)}\n\n"
-        f"'ignored' is a share of all pixels. The weights balance the classes of\n"
-        f"'{reports[0].split}' by median frequency (Eigen, Fergus 2015):\n"
-        f"loss.weights=[{','.join(weights)}]"
-    )
-
-
-def _of_classes(report: SplitReport, count: int) -> tuple[np.ndarray, np.ndarray]:
-    return report.pixels[:count], report.surroundings[:count]
+    note = "'ignored' is a share of all pixels."
+    train = reports[0]
+    if train.pixels[:count].any():
+        weights = [f"{w:.4g}" for w in median_frequency_weights(train.pixels[:count], train.surroundings[:count])]
+        columns.append(["weight", *weights, ""])
+        note += (
+            f" The weights balance the classes of\n'{train.split}' by median frequency (Eigen, Fergus 2015):\n"
+            f"loss.weights=[{','.join(weights)}]"
+        )
+    return f"{table(columns)}\n\n{note}"
 
 
 def advice(config: Config, reports: Sequence[SplitReport]) -> Iterator[str]:

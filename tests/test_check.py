@@ -330,6 +330,13 @@ def test_a_split_that_cannot_be_opened_leaves_the_others(shapes_root):
     assert any(line.startswith("each image of") for line in lines)
 
 
+def test_without_a_training_split_no_weights_are_suggested(shapes_root):
+    status, lines = check(shapes_root, *SMALL, "data.train=trian")
+    assert (status, len(of_kind("fault", lines))) == (2, 1)
+    assert any(line.startswith("disc ") for line in lines)
+    assert not any("weight" in line for line in lines)
+
+
 def test_weights_file_that_is_not_there(shapes_root):
     status, lines = check(shapes_root, *SMALL, "model.weights=weights/none.pt")
     assert status == 2
