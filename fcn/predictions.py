@@ -222,7 +222,8 @@ def _size(path: Path) -> tuple[int, int] | str:
     orientation, on_its_side = 0x0112, (5, 6, 7, 8)
     try:
         with open_image(path) as image:
-            turned = image.getexif().get(orientation) in on_its_side
+            # Not PngImageFile's own, which decodes the whole image to see what comes after it.
+            turned = Image.Image.getexif(image).get(orientation) in on_its_side
             return (image.width, image.height) if turned else (image.height, image.width)
     except InputError as error:
         return str(error)
