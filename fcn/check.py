@@ -128,7 +128,7 @@ def split_table(reports: Sequence[SplitReport]) -> str:
 
 
 def histogram(reports: Sequence[SplitReport], names: Sequence[str]) -> str:
-    """Pixels of each class, their share of the labelled ones, and weights that the first split, if it has any, suggests."""
+    """Pixels of each class, their share of the labelled ones, and weights that the first split suggests."""
     count = len(names)
     columns = [["class", *names, "ignored"]]
     for report in reports:

@@ -50,7 +50,7 @@ def predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """(height, width, 3) uint8; the strongest channel is never in doubt, but with another normalisation it is another."""
+    """(height, width, 3) uint8; which channel is strongest is never in doubt, and depends on the normalisation."""
     rng = np.random.default_rng(seed)
     return rng.permuted(np.broadcast_to(np.array([120, 124, 128], np.uint8), (height, width, 3)), axis=2)
 
