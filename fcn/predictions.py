@@ -152,14 +152,17 @@ class ImageBatches(Dataset):
         self.paths = paths
 
     def __getitem__(self, places: Sequence[int]) -> tuple[list[Loaded], list[str]]:
-        read, faults = [], []
+        read: list[tuple[int, np.ndarray]] = []
+        faults = []
         for place in places:
             try:
                 read.append((place, np.asarray(read_image(self.paths[place]))))
             except InputError as error:
                 faults.append(str(error))
         loaded = []
-        for _, group in groupby(read, lambda pair: pair[1].shape):  # one, unless a header was wrong
+        # Of equal size by their headers; those that are turned by their EXIF orientation have another one.
+        read.sort(key=lambda pair: pair[1].shape)
+        for _, group in groupby(read, lambda pair: pair[1].shape):
             indices, images = zip(*group, strict=True)
             loaded.append(Loaded(list(indices), torch.from_numpy(np.stack(images))))
         return loaded, faults
@@ -218,13 +221,10 @@ def _predict_batch(trained: Trained, files: Sequence[Files], images: torch.Tenso
 
 
 def _size(path: Path) -> tuple[int, int] | str:
-    """(height, width) that the image will have once it is read, from its header; or what is wrong with the file."""
-    orientation, on_its_side = 0x0112, (5, 6, 7, 8)
+    """(height, width) by the header of an image, which may have to be turned yet; or what is wrong with the file."""
     try:
         with open_image(path) as image:
-            # Not PngImageFile's own, which decodes the whole image to see what comes after it.
-            turned = Image.Image.getexif(image).get(orientation) in on_its_side
-            return (image.width, image.height) if turned else (image.height, image.width)
+            return image.height, image.width
     except InputError as error:
         return str(error)
 

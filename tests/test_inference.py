@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from fcn.inference import Views, infer, predict
@@ -159,6 +161,22 @@ def test_edges_stay_where_they_are_at_any_scale(scale, upright):
     image = image.transpose(1, 2).contiguous() if upright else image
     size = tuple(image.shape[1:3])
     assert torch.equal(predict(Pointwise(), image, size, FP64, Views((scale,))), image.argmax(-1))
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.5, 1.6, 2.0])
+def test_the_network_sees_what_pillow_s_bilinear_resize_gives(scale):
+    images, model = pictures(1, 20, 30), Recording()
+    infer(model, images, (20, 30), FP64, Views((scale,)))
+    expected = Image.fromarray(images[0].numpy()).resize(
+        (round(30 * scale), round(20 * scale)), Image.Resampling.BILINEAR
+    )
+    assert np.abs(model.seen[0].permute(1, 2, 0).numpy() - np.asarray(expected)).max() <= 1
+
+
+def test_logits_of_another_size_are_resized_bilinearly():
+    logits = infer(Pointwise(), pictures(1, 20, 30), (50, 40), FP64)
+    expected = Image.fromarray(pictures(1, 20, 30)[0].numpy()).resize((40, 50), Image.Resampling.BILINEAR)
+    assert np.abs(logits[0].permute(1, 2, 0).numpy() - np.asarray(expected)).max() <= 1
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
