@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import train_ddp
 from fcn.__main__ import main
-from tests.dist.ranks import run
+from fcn.distributed import World
+from tests.dist.ranks import run_ranks
 from tests.test_predictions import ALONE
 
 
@@ -26,8 +28,12 @@ def numpy_matrix(predictions: Path, masks: Path, classes: int) -> list[list[int]
     return counts.tolist()
 
 
+def command(world: World, arguments: list[str]) -> int:
+    return main(arguments, world)
+
+
 def test_evaluate_counts_what_predict_writes(tiny, shapes_root: Path, tmp_path: Path) -> None:
-    run(1, "train_ddp.py", "--config", tiny(train__steps=8, eval__pictures=0))
+    assert train_ddp.main(["--config", tiny(train__steps=8, eval__pictures=0)], ALONE) == 0
     checkpoint = ("--checkpoint", str(tmp_path / "run"))
     names = (shapes_root / "ImageSets/Segmentation/val.txt").read_text().split()
     images = [str(shapes_root / f"JPEGImages/{name}.jpg") for name in names]
@@ -41,8 +47,9 @@ def test_evaluate_counts_what_predict_writes(tiny, shapes_root: Path, tmp_path: 
         assert sum(any(column) for column in zip(*expected, strict=True)) > 1, "several classes are predicted"
         matrices.append(expected)
 
-    run(2, "-m", "fcn", "evaluate", *checkpoint, "--json", str(tmp_path / "plain.json"), "eval.batch_size=3")
-    run(3, "-m", "fcn", "predict", *checkpoint, "--output", str(tmp_path / "plain"), *images)
+    evaluate = ["evaluate", *checkpoint, "--json", str(tmp_path / "plain.json"), "eval.batch_size=3"]
+    assert run_ranks(2, command, evaluate) == [0] * 2
+    assert run_ranks(3, command, ["predict", *checkpoint, "--output", str(tmp_path / "plain"), *images]) == [0] * 3
     check("plain", "native")
     views = ["eval.scales=[0.8,1.3]", "eval.flip=true", "eval.window=[70,80]"]
     main(["evaluate", *checkpoint, "--json", str(tmp_path / "views.json"), *views], ALONE)
