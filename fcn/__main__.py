@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -88,8 +89,13 @@ def evaluate_command(args: argparse.Namespace, world: World) -> int:
     """Build the checkpoint's network and data, score one split, print and perhaps write the result."""
 
     def check_output() -> None:
-        if args.json and world.rank == 0 and not Path(args.json).resolve().parent.is_dir():
+        if not args.json or world.rank != 0:
+            return
+        path = Path(args.json).resolve()
+        if not path.parent.is_dir():
             raise InputError(f"--json {args.json}: no such folder; make it first")
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise InputError(f"--json {args.json}: cannot be written; give a file in a folder that you may write to")
 
     distributed.together(check_output)
     trained = distributed.together(lambda: load_trained(args.checkpoint, args.overrides, world.device))

@@ -157,6 +157,9 @@ def advice(config: Config, reports: Sequence[SplitReport]) -> Iterator[str]:
         absent = [name for name, pixels in zip(names, train.pixels, strict=False) if not pixels]
         if absent:
             yield f"split '{train.split}': no pixel of {', '.join(absent)}; the network cannot learn what it never sees"
+        if absent and config.data.name == "folder" and config.data.values is None and train.pixels[IGNORE_INDEX]:
+            values = f"{{{', '.join(f'{name}: {place}' for place, name in enumerate(names[:-1]))}, {names[-1]}: 255}}"
+            yield f"data.values: 255 is in the masks, and ignored; if it is {names[-1]}, set data.values={values}"
     small = sum(crop is not None and (height < crop[0] or width < crop[1]) for height, width in train.sizes.values())
     if small * 2 > len(train.sizes):
         yield (

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import yaml
 
@@ -496,7 +496,7 @@ MAY_CHANGE = (
 
 def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Compare two `to_dict` results, one line a difference: (those that make another run, those that may change)."""
-    before, after = _flatten(old), _flatten(new)
+    before, after = _defaults(Config) | _flatten(old), _flatten(new)  # a key that is newer than `old` was its default
     fatal: list[str] = []
     harmless: list[str] = []
     for key in sorted(before.keys() | after.keys()):
@@ -505,6 +505,18 @@ def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list
             found = harmless if key in MAY_CHANGE or section in MAY_CHANGE else fatal
             found.append(f"{key}: {schema.show(before.get(key))} → {schema.show(after.get(key))}")
     return fatal, harmless
+
+
+def _defaults(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted key → default, as plain data, of every key that has one."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        hint = get_type_hints(cls)[field.name]
+        if dataclasses.is_dataclass(hint):
+            found |= _defaults(hint, f"{prefix}{field.name}.")
+        elif field.default is not dataclasses.MISSING:
+            found[prefix + field.name] = list(field.default) if isinstance(field.default, tuple) else field.default
+    return found
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

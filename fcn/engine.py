@@ -237,7 +237,8 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
         last = run.step == run.steps
         run.replaced += data.replaced
         if run.replaced and (last or _ends_an_epoch(run)):
-            epoch = math.ceil(run.step * train.batch_size / len(run.train_split))
+            seen, size = run.step * train.batch_size, len(run.train_split)
+            epoch = seen // size if _ends_an_epoch(run) else math.ceil(seen / size)
             trackers.log({"event": "replaced", "step": run.step, "epoch": epoch, "faults": list(run.replaced)})
             run.replaced = ()
         log_due, eval_due, save_due = (

@@ -66,6 +66,13 @@ def plan(
     for given in map(Path, inputs):
         for image, name in _images(given, output):
             images[os.path.realpath(image), name] = image
+    names = {name for _, name in images}
+    if mask_suffix:  # masks may lie beside their images
+        images = {
+            key: path
+            for key, path in images.items()
+            if not (key[1].endswith(mask_suffix) and key[1].removesuffix(mask_suffix) in names)
+        }
     found = {}
     if labels is not None:
         if not Path(labels).is_dir():

@@ -898,6 +898,16 @@ def test_checkpoint_from_before_there_were_other_losses_is_of_the_same_run(load)
     assert config_from_dict(old, "checkpoint") == load()
 
 
+def test_a_key_that_is_newer_than_a_checkpoint_had_its_default():
+    new = to_dict(load_config(CONFIGS[0]))
+    old = to_dict(load_config(CONFIGS[0]))
+    for key in ("mean", "std", "on_error", "values"):
+        del old["data"][key]
+    assert config_changes(old, new) == ([], [])
+    new["data"]["mean"] = [0.5, 0.5, 0.5]
+    assert config_changes(old, new)[0] == ["data.mean: [0.485, 0.456, 0.406] → [0.5, 0.5, 0.5]"]
+
+
 def test_keys_that_may_change_exist():
     known = {key for key, _ in fields(Config)} | TOP_LEVEL
     assert set(MAY_CHANGE) <= known

@@ -59,7 +59,16 @@ def test_alpha_is_dropped(tmp_path):
 
 @pytest.mark.parametrize(
     ("orientation", "turn"),
-    [(1, lambda p: p), (2, np.fliplr), (3, lambda p: np.rot90(p, 2)), (6, lambda p: np.rot90(p, -1)), (8, np.rot90)],
+    [
+        (1, lambda p: p),
+        (2, np.fliplr),
+        (3, lambda p: np.rot90(p, 2)),
+        (4, np.flipud),
+        (5, lambda p: p.transpose(1, 0, 2)),
+        (6, lambda p: np.rot90(p, -1)),
+        (7, lambda p: np.rot90(p, 2).transpose(1, 0, 2)),
+        (8, np.rot90),
+    ],
 )
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_exif_orientation_turns_the_image(tmp_path, orientation, turn, suffix):
@@ -67,6 +76,25 @@ def test_exif_orientation_turns_the_image(tmp_path, orientation, turn, suffix):
     exif[0x0112] = orientation
     Image.fromarray(PIXELS).save(tmp_path / f"image{suffix}", exif=exif)
     assert np.array_equal(read(tmp_path / f"image{suffix}"), turn(PIXELS))
+
+
+def test_damaged_exif_stops_nobody(tmp_path, recwarn):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x0131] = 6, "camera", "editor"
+    Image.fromarray(PIXELS).save(tmp_path / "image.jpg", exif=exif)
+    whole = (tmp_path / "image.jpg").read_bytes()
+    place = whole.index(b"Exif") + 6
+    rng = np.random.default_rng(0)
+    shapes = set()
+    for number in range(300):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[place + rng.integers(8, 60)] = rng.integers(256)
+        path = tmp_path / f"{number}.jpg"
+        path.write_bytes(damaged)
+        shapes.add(read(path).shape)
+    assert shapes == {(5, 7, 3), (7, 5, 3)}, "turned where the orientation is still there, else as stored"
+    assert not recwarn.list
 
 
 def test_first_frame_of_an_animation(tmp_path):

@@ -76,6 +76,13 @@ def test_trainaug_is_its_list_or_everything_but_val(tmp_path):
     assert stems(config, "trainaug") == ["2007_000006", "2007_000001"]
 
 
+def test_train_aug_is_trainaug(tmp_path):
+    miniatures.voc(tmp_path)
+    (tmp_path / "ImageSets/Segmentation/train_aug.txt").write_text("2007_000006\n")
+    ((_, mask),) = list_split(data("voc", tmp_path), "train_aug").pairs
+    assert mask.parent.name == "SegmentationClassAug"
+
+
 def test_kitti_is_split_by_the_frames(tmp_path):
     """289 images as published: 95 um, 96 umm, 98 uu; the last fifth of each is held out."""
     for category, count in (("um", 95), ("umm", 96), ("uu", 98)):
@@ -178,6 +185,15 @@ def test_an_image_without_a_mask_is_named(tmp_path):
     with pytest.raises(InputError) as caught:
         build_dataset(data("folder", tmp_path, val_fraction=None), "train")
     assert str(caught.value).startswith(f"{tmp_path}/masks/train/a.png: no such file, but the split 'train' needs it")
+
+
+def test_split_folders_of_images_alone_are_named(tmp_path):
+    touch(tmp_path, "images/train/a.jpg", "masks/a.png")
+    with pytest.raises(
+        InputError, match=r"masks/train: no such folder, but .*images/train is one; give masks the same"
+    ):
+        pairs(tmp_path)
+    assert pairs(tmp_path, images="images/{split}") == [("images/train/a.jpg", "masks/a.png")]
 
 
 def test_what_is_odd_is_listed_and_does_not_stop(tmp_path):

@@ -214,6 +214,16 @@ def test_another_image_stands_in_for_a_broken_one_whoever_loads_it(copied, case,
             assert list(replaced) == [fault for part in parts for fault in part.replaced]
 
 
+@pytest.mark.parametrize("fault", BREAK)
+def test_a_step_of_one_broken_image_has_a_stand_in(copied, fault):
+    names = (copied / "ImageSets/Segmentation/train.txt").read_text().split()
+    for name in names[::2]:
+        BREAK[fault](copied, name)
+    shares = list(loader_of(copied, WHOLE, batch=1, steps=24, skip=True))
+    assert sum(len(share.replaced) for share in shares) == 12
+    assert all((share.batch.labels != 255).any() for share in shares)
+
+
 def test_a_stand_in_may_be_broken_itself_but_not_all(copied):
     names = (copied / "ImageSets/Segmentation/train.txt").read_text().split()
     for name in names[::2]:

@@ -108,6 +108,32 @@ def test_listed_colours_and_the_rest():
     assert listed.decode(Image.fromarray(stored[..., 0]), "m").tolist() == [[0, 0, 0, 255]]
 
 
+@pytest.mark.parametrize("rest", ["ignore", "background"])
+def test_the_rest_hides_no_other_reading(rest):
+    """One bit, and three equal channels, with everything else given to some label."""
+    values = {"background": "rest" if rest == "background" else 0, "person": 255}
+    values |= {"ignore": "rest"} if rest == "ignore" else {}
+    meaning = pixel_classes(("background", "person"), values)
+    listed = masks.mapping(meaning.numbers, meaning.colours, meaning.rest)
+    assert listed.decode(Image.fromarray(np.array([[True, False]])), "m").tolist() == [[1, 0]]
+    grey = np.array([[0, 255, 7]], np.uint8)
+    expected = [[0, 1, 255 if rest == "ignore" else 0]]
+    for mode in ("L", "RGB", "RGBA"):
+        assert listed.decode(Image.fromarray(grey).convert(mode), "m").tolist() == expected
+    mixed = pixel_classes(("a", "road"), {"a": 0, "road": [1, "#804080"], "ignore": "rest"})
+    listed = masks.mapping(mixed.numbers, mixed.colours, mixed.rest)
+    assert listed.decode(Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("RGB"), "m").tolist() == [[0, 1, 255]]
+    colours = np.array([[[0x80, 0x40, 0x80], [9, 8, 7]]], np.uint8)
+    assert listed.decode(Image.fromarray(colours), "m").tolist() == [[1, 255]]
+
+
+def test_a_palette_that_was_sorted_anew_is_read_by_its_colours():
+    labels = np.array([[0, 15, 255, 15]], np.uint8)
+    adaptive = coloured(labels).convert("P", palette=Image.Palette.ADAPTIVE, colors=8)
+    assert not np.array_equal(adaptive, labels)
+    assert np.array_equal(VOC_FORMAT.decode(adaptive, "m.png"), labels)
+
+
 def test_one_bit_masks_are_0_and_1_or_0_and_255():
     mask = Image.fromarray(np.array([[True, False]]))
     assert masks.mapping({0: 0, 1: 1}, {}).decode(mask, "m").tolist() == [[1, 0]]

@@ -121,6 +121,27 @@ def test_items_that_are_no_samples_are_named(mine, item, message):
     assert str(caught.value).startswith(message.replace("MINE", f"{mine}:Tiny"))
 
 
+def test_a_truncated_file_that_pillow_reads_late_is_named(mine, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:3000])
+    with pytest.raises(InputError, match=f"^sample 0 of {mine}:Tiny: cannot be read .*truncated"):
+        build(mine, item=(Image.open(tmp_path / "cut.png"), MASK)).read(0)
+
+
+def test_a_size_that_is_width_and_height_is_named(mine):
+    dataset = build(mine, item=(IMAGE, MASK))
+    dataset.samples.size = lambda index: (6, 4)
+    assert dataset.size(0) == (6, 4)
+    with pytest.raises(InputError, match=r"size\(0\) said \(6, 4\), and the image is \(4, 6\); accepted: its \(height"):
+        dataset.read(0)
+
+
+def test_attributes_that_are_no_methods_are_left_alone(mine):
+    dataset = build(mine, options={"size": 256, "name": "tiny", "palette": np.zeros((3, 3), np.uint8)})
+    dataset.samples.make = lambda index: (IMAGE, MASK)
+    assert (dataset.size(0), dataset.name(0), dataset.classes.palette[2]) == ((4, 6), "000000", (0, 0, 0))
+
+
 def test_a_broken_file_of_its_own_is_named(mine, tmp_path):
     def make(index):
         return Image.open(tmp_path / "gone.png"), MASK

@@ -14,6 +14,7 @@ from fcn.__main__ import main
 from fcn.checkpoint import save_checkpoint
 from fcn.distributed import World
 from fcn.errors import InputError
+from fcn.predictions import plan
 
 ALONE = World(0, 1, 0, torch.device("cpu"), "python")
 PALETTE = [[10, 20, 30], [200, 100, 50], [90, 250, 70]]
@@ -136,6 +137,23 @@ def test_panels_of_the_images_that_have_labels(predict, tmp_path: Path) -> None:
 
 
 # --- which files ---------------------------------------------------------------------------------------------------
+
+
+def test_masks_beside_their_images_are_no_images(tmp_path: Path) -> None:
+    for name in ("1", "1_matte", "2_matte"):
+        save(tmp_path / "in" / f"{name}.png")
+    options = {"overlays": False, "labels": str(tmp_path / "in"), "mask_suffix": "_matte", "force": False}
+    files = plan([str(tmp_path / "in")], tmp_path / "out", **options)
+    assert [(file.image.name, file.label and file.label.name) for file in files] == [
+        ("1.png", "1_matte.png"),
+        ("2_matte.png", None),
+    ]
+
+
+def test_scores_need_a_file_that_can_be_written(predict, tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "no" / "scores.json"):
+        with pytest.raises(InputError, match=r"^--json [^\n]*$"):
+            main(["evaluate", "--checkpoint", str(tmp_path / "c.pt"), "--json", str(path)], ALONE)
 
 
 def test_folders_keep_their_shape_and_hidden_files_and_the_output_are_left_out(predict, tmp_path: Path) -> None:

@@ -109,10 +109,11 @@ class OwnDataset:
             raise InputError(
                 f"data.classes: missing, and {data.name} has no attribute `classes`, a list of names; add either"
             )
-        palette = getattr(samples, "palette", None) or voc_palette(len(names))
+        palette = getattr(samples, "palette", None)
+        palette = voc_palette(len(names)) if palette is None else palette
         if len(palette) < len(names):
             raise InputError(f"data.name: {data.name} has {len(palette)} colours in `palette` for {len(names)} classes")
-        self.classes = Classes(tuple(names), tuple(tuple(colour) for colour in palette[: len(names)]))
+        self.classes = Classes(tuple(names), tuple(tuple(int(x) for x in colour) for colour in palette[: len(names)]))
         self.format = masks.indices(self.classes)
         self._sizes: dict[int, tuple[int, int]] = {}
 
@@ -120,14 +121,13 @@ class OwnDataset:
         return len(self.samples)
 
     def name(self, index: int) -> str:
-        return str(self.samples.name(index)) if hasattr(self.samples, "name") else f"{index:06d}"
+        own = getattr(self.samples, "name", None)
+        return str(own(index)) if callable(own) else f"{index:06d}"
 
     def size(self, index: int) -> tuple[int, int]:
         if index not in self._sizes:
-            if hasattr(self.samples, "size"):
-                height, width = self.samples.size(index)
-            else:
-                width, height = self.read(index)[0].size
+            own = getattr(self.samples, "size", None)
+            height, width = own(index) if callable(own) else self.read(index)[0].size[::-1]
             self._sizes[index] = int(height), int(width)
         return self._sizes[index]
 
@@ -135,6 +135,9 @@ class OwnDataset:
         source = f"sample {index} of {self.path}"
         try:
             item = self.samples[index]
+            for part in item if isinstance(item, tuple | list) else ():
+                if isinstance(part, Image.Image):  # Pillow reads the pixels when they are asked for
+                    part.load()
         except OSError as error:  # Pillow's complaints about a broken file are OSErrors, too
             raise InputError(f"{source}: cannot be read ({error}); copy its file again or remove it") from None
         if not isinstance(item, tuple | list) or len(item) != 2:
@@ -145,6 +148,12 @@ class OwnDataset:
             raise InputError(
                 f"{source}: found a mask of {mask.width}x{mask.height} pixels for an image of "
                 f"{image.width}x{image.height}; accepted: equal sizes"
+            )
+        known = self._sizes.get(index, (image.height, image.width))
+        if known != (image.height, image.width):
+            raise InputError(
+                f"{source}: size({index}) said {known}, and the image is {(image.height, image.width)}; "
+                f"accepted: its (height, width)"
             )
         return image, Image.fromarray(self.format.decode(mask, f"the mask of {source}"))
 
@@ -218,7 +227,10 @@ def build_dataset(
         dataset = PairDataset(pairs, *classes_and_format(data))
     else:
         arguments = {"root": data.root, "split": split}
-        own = user_code.call("data", data.name, "a data set of (image, mask)", arguments, data.options or {})
+        try:
+            own = user_code.call("data", data.name, "a data set of (image, mask)", arguments, data.options or {})
+        except OSError as error:
+            raise InputError(f"data.root: {data.name} could not open {data.root}, split '{split}' ({error})") from None
         if not (hasattr(own, "__getitem__") and hasattr(own, "__len__")):
             raise InputError(
                 f"data.name: {data.name} returned {type(own).__name__}; accepted: a map-style data set, which has a "

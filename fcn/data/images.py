@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from fcn.errors import InputError
 
@@ -38,21 +38,40 @@ def read_image(path: Path) -> Image.Image:
 
 def to_rgb(image: Image.Image, source: object) -> Image.Image:
     """See `read_image`; `source` names the image in messages."""
-    if image.mode == "RGB" and not image.getexif():
-        return image
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about transparency in palettes, which is dropped
+        warnings.simplefilter("ignore")  # about transparency in palettes, which is dropped, and about EXIF
         try:
-            image = ImageOps.exif_transpose(image)
+            turn = TURNS.get(orientation(image))
+            image = image if turn is None else image.transpose(turn)
             if image.mode in DEEP:
                 return Image.fromarray(_to_8_bits(np.asarray(image), source)).convert("RGB")
             if image.mode == "F":
                 raise ValueError("floating-point pixels have no fixed range")
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")
         except ValueError as error:
             raise InputError(
                 f"{source}: found an image in mode {image.mode} ({error}); accepted: 8 or 16 bits a channel; convert it"
             ) from None
+
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""EXIF orientation → what a viewer does to show the image upright."""
+ON_ITS_SIDE = (5, 6, 7, 8)
+"""EXIF orientations that swap height and width."""
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 if there is none. Damaged EXIF says nothing, and the pixels are fine."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return int(image.getexif().get(0x0112, 1))
+        except Exception:  # what Pillow raises depends on the damage
+            return 1
 
 
 def _to_8_bits(deep: np.ndarray, source: object) -> np.ndarray:
@@ -71,15 +90,19 @@ def open_image(path: Path) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # satellite images are that large
+            warnings.simplefilter("ignore")  # about the size of satellite images, and about damaged EXIF
             return Image.open(path)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+        if isinstance(error, Image.DecompressionBombError):
+            raise InputError(
+                f"{path}: has more pixels than {2 * (Image.MAX_IMAGE_PIXELS or 0):,}; cut it into tiles"
+            ) from None
         reason = "not an image"
         if not isinstance(error, UnidentifiedImageError):
             reason = getattr(error, "strerror", None) or str(error)
         raise InputError(
             f"{path}: cannot be read ({reason}); accepted: an image file that Pillow reads, such as JPEG, PNG or TIFF; "
-            f"copy it again or remove it from the split"
+            f"copy it again or leave it out"
         ) from None
 
 
@@ -95,5 +118,5 @@ def decode(path: Path) -> Image.Image:
         except MemoryError:
             raise
         except Exception as error:  # what a decoder raises on broken data depends on the format and on the damage
-            raise InputError(f"{path}: broken image ({error}); copy it again or remove it from the split") from None
+            raise InputError(f"{path}: broken image ({error}); copy it again or leave it out") from None
         return image

@@ -29,7 +29,7 @@ from fcn.data.datasets import (
     check_sizes,
     list_split,
 )
-from fcn.data.images import decode, open_image, read_image
+from fcn.data.images import ON_ITS_SIDE, decode, open_image, orientation, read_image
 from fcn.data.labels import IGNORE_INDEX
 from fcn.data.layouts import LAYOUTS, missing_files
 from fcn.data.loaders import item_loader
@@ -104,7 +104,7 @@ class Inspector(Dataset):
         """(width, height)."""
         with open_image(path) as image:
             if self.headers_only and _has_its_end(path, image.format):
-                sideways = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+                sideways = orientation(image) in ON_ITS_SIDE
                 return image.size[::-1] if sideways else image.size
         size = read_image(path).size
         self._hidden(path, sample)
@@ -128,9 +128,6 @@ class Inspector(Dataset):
             sample.digest = hashlib.blake2b(image.tobytes()).digest()
             sample.counts = _histogram(np.asarray(labels))
         return sample
-
-
-EXIF_ORIENTATION = 0x0112
 
 
 def _histogram(labels: np.ndarray) -> np.ndarray:

@@ -52,7 +52,8 @@ def voc(data: Data, split: str) -> Listing:
     """
     root = Path(data.root)
     lists = root / "ImageSets" / "Segmentation"
-    folder = root / ("SegmentationClassAug" if split == "trainaug" else "SegmentationClass")
+    augmented = split.replace("_", "") == "trainaug"  # train_aug in some public lists
+    folder = root / ("SegmentationClassAug" if augmented else "SegmentationClass")
     if split == "trainaug" and not (lists / "trainaug.txt").exists() and folder.is_dir():
         held_out = {_stem(entry) for entry, *_ in _read_list(lists, "val")}
         stems = sorted(set(_by_stem(folder)) - held_out)
@@ -153,8 +154,15 @@ def _paired(data: Data, split: str, images: str, masks: str, suffix: str) -> Lis
     keys = "data.root, data.images and data.masks" if data.name == "folder" else "data.root"
     places = [_folder(root / name.replace("{split}", split), f"check {keys}") for name in (images, masks)]
     per_split = "{split}" in images
-    if data.val_fraction is None and not per_split and all((place / split).is_dir() for place in places):
-        places, per_split = [place / split for place in places], True
+    if data.val_fraction is None and not per_split:
+        below = [(place / split).is_dir() for place in places]
+        if below == [True, False]:
+            raise InputError(
+                f"{places[1] / split}: no such folder, but {places[0] / split} is one; give masks the same subfolders, "
+                f'or set data.images="{images}/{{split}}" if they need none'
+            )
+        if all(below):
+            places, per_split = [place / split for place in places], True
     oddities: list[str] = []
     found, labels = (_tree(place, oddities) for place in places)
     if places[0] == places[1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing.context
 import multiprocessing.forkserver
@@ -140,19 +141,25 @@ class TrainShares(Dataset):
                 if not self.skip:
                     raise
                 fault = error
+        for index in [] if sizes else self._substitutes(share.all[0]):
+            with contextlib.suppress(InputError):
+                sizes = [self.dataset.size(index)]
+                break
         if not sizes:
-            raise InputError(f"{fault}; and the sizes of all other images of this step are unreadable, too")
+            raise InputError(f"{fault}; and {MOST_STAND_INS} images that could replace it are broken, too")
         return max(height for height, _ in sizes), max(width for _, width in sizes)
 
     def _stand_in(self, draw: Draw, size: tuple[int, int], fault: InputError) -> tuple[np.ndarray, np.ndarray]:
         transform = TrainTransform(size, self.transform.scale, self.transform.hflip, self.transform.jitter)
-        order = seeding.permutation(len(self.dataset), self.seed, "stand-in", draw.epoch, draw.index)
-        for index in order[:MOST_STAND_INS].tolist():
-            try:
+        for index in self._substitutes(draw):
+            with contextlib.suppress(InputError):
                 return transform(*self.dataset.read(index), self._rng(draw))
-            except InputError:
-                continue
-        raise InputError(f"{fault}; and {len(order[:MOST_STAND_INS])} images that could replace it are broken, too")
+        raise InputError(f"{fault}; and {MOST_STAND_INS} images that could replace it are broken, too")
+
+    def _substitutes(self, draw: Draw) -> list[int]:
+        """Images that may stand in for a broken one, in the order in which they are tried."""
+        order = seeding.permutation(len(self.dataset), self.seed, "stand-in", draw.epoch, draw.index)
+        return order[:MOST_STAND_INS].tolist()
 
 
 MOST_STAND_INS = 16

@@ -59,21 +59,36 @@ class MaskFormat:
         if numbers is not None and self.values:
             wide = numbers.dtype.itemsize > 2
             places = np.where((numbers < 0) | (numbers > 65535), 65536, numbers) if wide else numbers
+            if mask.mode == "1" and 1 not in dict(self.values):  # one bit where the other masks say 0 and 255
+                numbers = places = numbers * np.uint8(255)
             labels = _value_table(self.values, self.other)[places]
-            if mask.mode == "1" and (labels == NO_CLASS).any():  # one bit where the other masks say 0 and 255
-                labels = _value_table(self.values, self.other)[numbers * np.uint8(255)]
+            if mask.mode == "P" and self._palette_disagrees(mask, numbers):
+                return self._checked(_colour_table(self.colours, NO_CLASS)[_colours(mask)], numbers, source)
             return self._checked(labels, numbers, source)
         if numbers is not None or mask.mode == "F":
             raise self._wrong_mode(mask, source)
         colours = _colours(mask)
-        labels = _colour_table(self.colours, self.other)[colours]
+        labels = _colour_table(self.colours, NO_CLASS)[colours]
         if self.values and (labels == NO_CLASS).any():
             grey = colours & 255
             if (colours == grey * 0x010101).all():
                 return self._checked(_value_table(self.values, self.other)[grey], grey, source)
         if not self.colours:
             raise self._wrong_mode(mask, source)
-        return self._checked(labels, colours, source, hexadecimal=True)
+        return self._checked(np.where(labels == NO_CLASS, np.uint8(self.other), labels), colours, source, True)
+
+    def _palette_disagrees(self, mask: Image.Image, numbers: np.ndarray) -> bool:
+        """Whether each colour in use is a class's, but not that of its index: a program has sorted the palette anew."""
+        if not self.colours:
+            return False
+        used = np.unique(numbers)
+        colours = np.array(mask.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
+        if used[-1] >= len(colours):
+            return False
+        table = dict(self.colours)
+        meant = [table.get(tuple(colour)) for colour in colours[used].tolist()]
+        indexed = _value_table(self.values, self.other)[used].tolist()
+        return None not in meant and meant != indexed
 
     def ignoring(self, label: int, classes: int) -> MaskFormat:
         """Also ignore one class, or one pixel value that is no class."""
