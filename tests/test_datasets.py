@@ -258,7 +258,7 @@ def test_file_that_is_no_image(voc, path, content):
     (voc / path).write_bytes(content)
     message = fault(voc)
     assert message.startswith(f"{voc / path}: cannot be read (not an image)")
-    assert "copy it again or remove it from the split" in message
+    assert "copy it again or leave it out" in message
 
 
 @pytest.mark.parametrize("path", ["JPEGImages/a.jpg", "SegmentationClass/a.png"])

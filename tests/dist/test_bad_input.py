@@ -68,7 +68,7 @@ FAULTS = {
         edit("ignore_index: 255", "weights: [1, 2]"),
         ["loss.weights: found 2 numbers", "7 classes", "one number per class"],
     ),
-    "unreadable JPEG": (in_data(spoil_jpeg), ["JPEGImages/", "broken image", "remove it from the split"]),
+    "unreadable JPEG": (in_data(spoil_jpeg), ["JPEGImages/", "broken image", "leave it out"]),
 }
 
 CONFIG_FAULTS = {
