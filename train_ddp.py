@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 train_ddp.py --config configs/linknet_camvid.yaml [KEY=VALUE ...]
 
 Runs under torchrun, under srun alone, and as plain `python train_ddp.py` (one process). The same command again resumes.
-Exit status: 0 finished, 2 the input is at fault, 75 preempted after saving.
+Exit status: 0 finished, 2 the input is at fault, 74 the last state could not be saved, 75 preempted after saving.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from fcn.errors import InputError
 from fcn.preempt import StopFlag
 from fcn.pretrained import load_pretrained
 from fcn.run import Run, build_run
+
+NOT_SAVED, PREEMPTED = 74, 75
+"""Exit statuses: EX_IOERR and EX_TEMPFAIL of sysexits.h."""
 
 
 def main(argv: list[str], world: World) -> int:
@@ -47,9 +50,13 @@ def main(argv: list[str], world: World) -> int:
         console.line(f"note: {config.model.name}: {note}")
     summary = fit(run, console, trackers, stop)
     trackers.close(summary)
+    for what in summary["unsaved"]:
+        console.line(f"error: {summary['status']} at step {run.step}/{run.steps}, but not saved: {what}")
+    if summary["unsaved"]:
+        return NOT_SAVED
     if summary["status"] == "preempted":
         console.line(f"stopped by a signal at step {run.step}/{run.steps} after saving; the same command continues")
-        return 75
+        return PREEMPTED
     score = f"mIoU {summary['miou']:.4f} on {summary['split']} ({summary['images']} images)"
     console.line(f"finished: {score}; pictures in {run.folder / 'pictures'}")
     return 0

@@ -1,13 +1,16 @@
-"""Checkpoints: complete or absent, verified by a SHA-256 beside them, plain data inside."""
+"""Checkpoints: complete or absent, verified by a SHA-256 beside them, plain data inside, written in the background."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
 import re
 import warnings
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,13 +32,24 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
     The checksum is in place before the file gets its name: a named file without a matching checksum is a broken one.
     While a file is replaced, the checksums of both versions stand beside it.
+
+    Raises:
+        OSError: it could not be written; what was there before still is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        writer = _HashingWriter(file)
-        torch.save({"format": FORMAT, **state}, writer)
-        _sync(file)
+    try:
+        with temporary.open("wb") as file:
+            writer = _HashingWriter(file)
+            try:
+                torch.save({"format": FORMAT, **state}, writer)
+            except RuntimeError as error:  # torch's own words for a write that failed
+                raise writer.error or error from None
+            _sync(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # half a checkpoint must not take the room of the next
+        raise
     line = f"{writer.hash.hexdigest()}  {path.name}\n"
     digest = _digest_path(path)
     replaced = digest.read_text() if path.exists() and digest.exists() else ""
@@ -129,15 +143,101 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` (1 or more) checkpoints, and what a killed save left behind.
+    """Delete what is older than the newest `keep` (1 or more) checkpoints that verify, and leftovers of killed saves.
 
-    Call it after a save, so that the newest is known to be whole.
+    Those that do not verify do not count, so that the last good one is never deleted. Call it when no save is running.
     """
-    for path in list_checkpoints(folder)[:-keep]:
-        path.unlink(missing_ok=True)
-        _digest_path(path).unlink(missing_ok=True)
+    good = 0
+    present = list_checkpoints(folder)
+    for path in reversed(present) if len(present) > keep else ():
+        if good >= keep:
+            path.unlink(missing_ok=True)
+            _digest_path(path).unlink(missing_ok=True)
+        else:
+            good += verify(path) is None
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+class BackgroundSaver:
+    """Saves checkpoints of one folder in a thread, one after the other; the caller waits only for a copy of the state.
+
+    A save that fails is reported through `warn` (from that thread) with its path, cause and remedy, and training goes
+    on; `unsaved` says so until a later save of the same kind succeeds. At most one save waits behind the one that is
+    being written, so that a slow disk costs time but not memory without bound.
+    """
+
+    def __init__(self, folder: Path, keep: int, warn: Callable[[str], None]) -> None:
+        self.folder, self.keep, self.warn = folder, keep, warn
+        self.unsaved: dict[str, str] = {}
+        """What the last save of a kind ("step" or "best.pt") failed of, for those that failed."""
+        self._saved_before = False
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._running: deque[Future[None]] = deque()
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        """Start to write `state`, as it is now, to the file `name`; step_*.pt also ends in retention."""
+        while self._running and (self._running[0].done() or len(self._running) > 1):
+            self._running.popleft().result()
+        copy, copied = to_host(state)
+        self._running.append(self._thread.submit(self._write, name, copy, copied))
+
+    def wait(self) -> None:
+        """Return when nothing is left to write."""
+        while self._running:
+            self._running.popleft().result()
+
+    def _write(self, name: str, state: dict[str, Any], copied: Callable[[], None]) -> None:
+        path = self.folder / name
+        kind = "step" if _NAME.fullmatch(name) else name
+        try:
+            copied()
+            if self._saved_before and not self.folder.is_dir():
+                self.warn(f"warning: {self.folder} has vanished, with the older checkpoints; making it again")
+            save_checkpoint(path, state)
+            self._saved_before = True
+            self.unsaved.pop(kind, None)
+            if kind == "step":
+                prune(self.folder, self.keep)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            left = find_newest(self.folder)
+            kept = f"the newest checkpoint is {left}" if left else "there is no other checkpoint"
+            self.unsaved[kind] = f"{path}: cannot be written ({reason})"
+            self.warn(
+                f"warning: {self.unsaved[kind]}; training goes on, {kept}; free space there or make it writable, "
+                "the next save tries again"
+            )
+
+
+def to_host(state: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
+    """A copy of the state in host memory, and a function that waits until it is complete.
+
+    Tensors of a GPU go to pinned memory by copies that are queued behind the step that made them: the caller, and the
+    steps that it queues next, wait for nothing.
+    """
+    on_gpu = False
+
+    def copy(value: Any) -> Any:
+        nonlocal on_gpu
+        if isinstance(value, dict):
+            return {key: copy(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [copy(item) for item in value] if isinstance(value, list) else tuple(map(copy, value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        if not value.is_cuda:
+            return value.detach().clone()
+        on_gpu = True
+        host = torch.empty_like(value, device="cpu", pin_memory=True)
+        return host.copy_(value.detach(), non_blocking=True)
+
+    copied = copy(state)
+    if not on_gpu:
+        return copied, lambda: None
+    event = torch.cuda.Event()
+    event.record()
+    return copied, event.synchronize
 
 
 class _HashingWriter:
@@ -145,10 +245,15 @@ class _HashingWriter:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.hash = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.hash.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()

@@ -377,7 +377,9 @@ class Checkpoint:
     """Steps between checkpoints; the last step is always saved. A save that is due right after a step without a finite
     gradient is left out."""
     keep: Annotated[int, Accept("a whole number, 2 or more", lambda value: value >= 2)] = 3
-    """Checkpoints kept, newest first, beside best.pt."""
+    """Checkpoints kept, newest first, beside best.pt. Broken ones do not count."""
+    best: Literal["miou", "pixel_acc", "mean_acc", "fw_iou"] = "miou"
+    """Score of `data.val` by which best.pt is chosen."""
 
 
 @dataclass(slots=True, kw_only=True)

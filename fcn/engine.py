@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fcn import checkpoint, distributed, pictures, seeding
+from fcn.checkpoint import BackgroundSaver
 from fcn.config import Config, protocol
 from fcn.data.datasets import SegmentationDataset
 from fcn.data.loaders import Batch, EvalBatches, Step, TrainShares, device_steps, eval_loader, train_loader
@@ -123,9 +124,18 @@ def saved_on_host() -> AbstractContextManager:
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
+class Stopped(Exception):  # noqa: N818 - no error
+    """All ranks agreed to leave an evaluation, because one was asked to save and leave."""
+
+
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, dataset: SegmentationDataset, config: Config, world: World, numerics: Numerics
+    model: nn.Module,
+    dataset: SegmentationDataset,
+    config: Config,
+    world: World,
+    numerics: Numerics,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[ConfusionMatrix, int]:
     """Score every image of a split exactly once, as `eval` says: by default whole, at the native size of its labels.
 
@@ -134,6 +144,7 @@ def evaluate(
 
     Raises:
         InputError: on every rank, if any rank met a broken file.
+        Stopped: on every rank, if `stop()` was true on any.
         RuntimeError: an image was counted twice or not at all.
     """
     sizes = distributed.together(lambda: [dataset.size(index) for index in range(len(dataset))])
@@ -150,11 +161,15 @@ def evaluate(
         if isinstance(batch, InputError):
             fault = str(batch)
             break
+        if stop():
+            break
         seen[batch.indices] += 1
         images, labels = (tensor.to(world.device, non_blocking=True) for tensor in batch[:2])
         matrix.update(labels, predict(model, images, tuple(labels.shape[-2:]), numerics, views))
     model.train(was_training)
     distributed.raise_together(fault)
+    if any(distributed.gather(stop())):
+        raise Stopped
     matrix.all_reduce()
     distributed.all_reduce_sum(seen)
     if not bool((seen == 1).all()):
@@ -188,13 +203,13 @@ def _eval_transform(config: Config) -> EvalTransform:
     return EvalTransform(config.eval.preset, config.eval.crop or config.data.crop)
 
 
-def score(run: Run, model: nn.Module, split: str, trackers: Trackers) -> Record:
+def score(run: Run, model: nn.Module, split: str, trackers: Trackers, stop: Callable[[], bool]) -> Record:
     """Evaluate and record a split, and draw panels of some of its images."""
     dataset, config = run.splits[split], run.config
     if not config.train.sync_bn:  # score the statistics that are saved, not each rank's own
         for scored in (run.model, run.average.model) if run.average else (run.model,):
             distributed.copy_from_rank_0(scored.buffers())
-    matrix, images = evaluate(model, dataset, config, run.world, run.numerics)
+    matrix, images = evaluate(model, dataset, config, run.world, run.numerics, stop)
     scores = matrix.scores(dataset.classes.names)
     record = {"event": "eval", "step": run.step, "split": split, **scores, "images": images}
     record["protocol"] = protocol(config.eval, config.data.crop)
@@ -206,7 +221,22 @@ def score(run: Run, model: nn.Module, split: str, trackers: Trackers) -> Record:
 
 
 def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Record:
-    """Train from `run.step` to the end or to a signal, and return the summary."""
+    """Train from `run.step` to the end or to a signal, and return the summary.
+
+    A signal during an evaluation leaves that one out; the resumed run begins with it.
+    """
+    saver = BackgroundSaver(run.checkpoints, run.config.checkpoint.keep, console.line)
+    try:
+        scored = _train(run, saver, console, trackers, stop)
+        final = _finish(run, scored, console, trackers, stop)
+    except Stopped:
+        run.save(saver)
+        return _summary(run, "preempted", saver, console)
+    return _summary(run, "finished", saver, console, final)
+
+
+def _train(run: Run, saver: BackgroundSaver, console: Console, trackers: Trackers, stop: StopFlag) -> nn.Module:
+    """The steps that are left, with their evaluations and saves; returns the network to be scored."""
     config, world, train = run.config, run.world, run.config.train
     network = torch.compile(run.model) if train.compile else run.model
     scored = network
@@ -219,11 +249,17 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
     settings = step_settings(run)
     loss = grad_norm = None
     pace = Pace(train.batch_size, run.step, run.steps)
+
+    def score_val() -> None:
+        if run.note_score(score(run, scored, config.data.val, trackers, stop)):
+            run.save_best(saver)
+
+    if _is_due(run.step, config.eval.every, run.steps) and (run.last_eval or {}).get("step") != run.step:
+        score_val()  # a signal kept the run from it
     for data in _training_data(run, stop):
         if data.stop:
             _check_steps(run)
-            run.save()
-            return _summary(run, "preempted")
+            raise Stopped
         lr = learning_rate(run.step, run.steps, config.optim)
         set_learning_rate(run.optimizer, lr)
         # For networks that draw random numbers by themselves: a resumed run draws the same ones.
@@ -242,7 +278,8 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
             trackers.log({"event": "replaced", "step": run.step, "epoch": epoch, "faults": list(run.replaced)})
             run.replaced = ()
         log_due, eval_due, save_due = (
-            last or run.step % every == 0 for every in (train.log_every, config.eval.every, config.checkpoint.every)
+            _is_due(run.step, every, run.steps)
+            for every in (train.log_every, config.eval.every, config.checkpoint.every)
         )
         if log_due or eval_due or save_due:
             skipped, streak = _check_steps(run)
@@ -253,14 +290,16 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
             trackers.log(record | {"grad_norm": _or_none(grad_norm), "skipped": skipped, **pace.read()})
         if eval_due:
             with pace.paused():
-                run.last_eval = score(run, scored, config.data.val, trackers)
-                if run.best is None or (run.last_eval["miou"] or 0) > run.best["miou"]:
-                    run.best = {"miou": run.last_eval["miou"] or 0.0, "step": run.step}
-                    run.save_best()
+                score_val()
         if save_due and (last or not streak):  # weights that give no finite loss may be no good to resume from
             with pace.paused():
-                run.save()
-    return _finish(run, scored, console, trackers)
+                run.save(saver)
+    return scored
+
+
+def _is_due(step: int, every: int, steps: int) -> bool:
+    """Whether something that is done every so many steps, and at the end, is due after so many finished steps."""
+    return step > 0 and (step % every == 0 or step == steps)
 
 
 def _ends_an_epoch(run: Run) -> bool:
@@ -333,23 +372,26 @@ def _sampler(run: Run) -> GlobalBatchSampler:
     )
 
 
-def _finish(run: Run, model: nn.Module, console: Console, trackers: Trackers) -> Record:
-    """Score the test split if there is one, draw the curves, write the summary."""
+def _finish(run: Run, model: nn.Module, console: Console, trackers: Trackers, stop: StopFlag) -> Record:
+    """Score the test split if there is one, draw the curves; returns the final scores."""
     final = run.last_eval
     if run.config.data.test:
-        final = score(run, model, run.config.data.test, trackers)
+        final = score(run, model, run.config.data.test, trackers, stop)
     elif final is None or final["step"] != run.step:  # a resumed run whose train.steps was lowered
-        final = score(run, model, run.config.data.val, trackers)
+        final = score(run, model, run.config.data.val, trackers, stop)
     if run.world.rank == 0:
-        folder = run.folder / "pictures"
-        folder.mkdir(exist_ok=True)
-        trackers.attempt(lambda: pictures.curves(run.folder / "metrics.jsonl", folder / "curves.png"), "curves.png")
+        curves = run.folder / "pictures" / "curves.png"
+        trackers.attempt(lambda: pictures.curves(run.folder / "metrics.jsonl", curves), curves.name)
         console.line(score_table(final))
-    return _summary(run, "finished", final)
+    return final
 
 
-def _summary(run: Run, status: str, final: Record | None = None) -> Record:
-    """summary.json: where the run stands. The scores are those of the weights of the last step."""
+def _summary(run: Run, status: str, saver: BackgroundSaver, console: Console, final: Record | None = None) -> Record:
+    """summary.json: where the run stands, once everything is saved. The scores are those of the last step's weights.
+
+    "unsaved" names what could not be saved, on every rank.
+    """
+    saver.wait()
     scores = {key: value for key, value in (final or {}).items() if key not in ("event", "step")}
     summary = {
         "status": status,
@@ -359,9 +401,16 @@ def _summary(run: Run, status: str, final: Record | None = None) -> Record:
         "images": None,
         **scores,
         "best": run.best,
+        "unsaved": sorted(saver.unsaved.values()),
     }
     if run.world.rank == 0:
-        write_atomically(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        path = run.folder / "summary.json"
+        try:
+            write_atomically(path, json.dumps(summary, indent=2) + "\n")
+        except OSError as error:
+            summary["unsaved"].append(f"{path}: cannot be written ({error.strerror})")
+            console.line(f"warning: {summary['unsaved'][-1]}; free space there or make it writable")
+    summary["unsaved"] = distributed.gather(summary["unsaved"])[0]
     return summary
 
 

@@ -108,7 +108,7 @@ def curves(metrics: Path, output: Path) -> None:
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     train = [record for record in records if record["event"] == "train"]
     evals = [record for record in records if record["event"] == "eval"]
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, 7))
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2).ravel()
     titles = {"loss": "training loss (global mean)", "lr": "learning rate", "images_per_s": "images / s, all processes"}
@@ -130,4 +130,6 @@ def curves(metrics: Path, output: Path) -> None:
     for axis in axes:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
+    figure.tight_layout()
+    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=110)

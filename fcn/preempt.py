@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import socket
+import threading
+from collections.abc import Callable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-class StopFlag:
-    """`flag()` is whether a signal has asked this process to save and leave; a second SIGINT leaves at once."""
+def leave_at_once(number: int) -> None:
+    """End this process and its loader workers now, with the status of a process that a signal ended."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(128 + number)
 
-    def __init__(self) -> None:
+
+class StopFlag:
+    """`flag()` is whether a signal has asked this process to save and leave; a second SIGINT leaves at once.
+
+    So does a SIGTERM after a SIGINT, which is what torchrun makes of the second Ctrl-C.
+    """
+
+    def __init__(self, leave: Callable[[int], None] = leave_at_once) -> None:
         self.received: set[int] = set()
+        self.leave = leave
 
     def __call__(self) -> bool:
         return bool(self.received)
 
     def listen(self) -> StopFlag:
+        """Receive signals from now on, in a thread: a main thread that waits in a collective runs no Python handler."""
+        inbox, self._outbox = socket.socketpair()
+        self._outbox.setblocking(False)
         for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._receive, args=(inbox,), name="signals", daemon=True).start()
         return self
 
-    def _on_signal(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and number in self.received:
-            raise KeyboardInterrupt
-        self.received.add(number)
+    def _receive(self, inbox: socket.socket) -> None:
+        while numbers := inbox.recv(64):
+            for number in numbers:
+                if number in (signal.SIGINT, signal.SIGTERM) and signal.SIGINT in self.received:
+                    self.leave(number)
+                if number in SIGNALS:
+                    self.received.add(number)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fcn import checkpoint, distributed, seeding
+from fcn.checkpoint import BackgroundSaver
 from fcn.config import IMAGENET_MEAN, IMAGENET_STD, Config, config_changes, to_dict, total_steps
 from fcn.data.datasets import SegmentationDataset
 from fcn.data.transforms import to_input
@@ -167,18 +168,27 @@ class Run:
             self.tracker_id = state["tracker_id"]
         return harmless
 
-    def save(self) -> None:
-        """Rank 0 writes the checkpoint; the others have nothing that it lacks."""
-        if self.world.rank == 0:
-            checkpoint.save_checkpoint(checkpoint.checkpoint_path(self.checkpoints, self.step), self.state())
-            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep)
+    def note_score(self, record: Record) -> bool:
+        """Take note of an evaluation; returns whether it is the best one by `checkpoint.best`."""
+        metric = self.config.checkpoint.best
+        score, best = record[metric] or 0.0, (self.best or {}).get(metric)
+        self.last_eval = record
+        if best is not None and score <= best:
+            return False
+        self.best = {metric: score, "step": self.step}
+        return True
 
-    def save_best(self) -> None:
+    def save(self, saver: BackgroundSaver) -> None:
+        """Rank 0 saves the run; the others have nothing that it lacks."""
+        if self.world.rank == 0:
+            saver.save(checkpoint.checkpoint_path(self.checkpoints, self.step).name, self.state())
+
+    def save_best(self, saver: BackgroundSaver) -> None:
         """best.pt: the weights that were scored and what they are, without what only resuming needs."""
         if self.world.rank == 0:
             state = {key: value for key, value in self.state().items() if key not in ("optimizer", "scaler", "guard")}
             state["model"] = state.pop("ema", state["model"])
-            checkpoint.save_checkpoint(self.checkpoints / "best.pt", state)
+            saver.save("best.pt", state)
 
 
 def build_run(config: Config, world: World, splits: dict[str, SegmentationDataset]) -> tuple[Run, list[str]]:

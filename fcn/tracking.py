@@ -11,6 +11,7 @@ import math
 import netrc
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,8 @@ class Console:
         self.file = log_file.open("a", encoding="utf-8") if log_file else None
         self.live = bool(self.stream and self.stream.isatty())
         self._width = 0
+        self._lock = threading.Lock()
+        """A save that fails says so from its own thread."""
 
     @classmethod
     def silent(cls) -> Console:
@@ -54,6 +57,10 @@ class Console:
 
     def _write(self, text: str, end: str) -> None:
         """A full disk or a closed pipe silences that output, and nothing else."""
+        with self._lock:
+            self._write_locked(text, end)
+
+    def _write_locked(self, text: str, end: str) -> None:
         stamped = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
         try:
             if self.file:
