@@ -73,8 +73,10 @@ import ctypes
 from fcn.preempt import StopFlag
 flag = StopFlag().listen()
 print("ready", flush=True)
-ctypes.CDLL(None).sleep(60)  # in C, without the interpreter's lock, like a collective
-ctypes.CDLL(None).sleep(60)  # a signal ends a sleep
+mutex = ctypes.create_string_buffer(64)
+lock = ctypes.CDLL(None).pthread_mutex_lock  # gives the interpreter's lock away, as a collective does
+for _ in range(2):
+    lock(mutex)  # the second time for ever, signals or not
 """
 
 
