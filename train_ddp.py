@@ -35,6 +35,7 @@ def main(argv: list[str], world: World) -> int:
     args = parser.parse_args(argv)
     config = distributed.together(lambda: load_config(args.config, args.overrides, world.size))
     stop = StopFlag().listen()
+    distributed.bound_waiting(config.train.timeout, world, Path(config.run_dir) / "flight_recorder")
     splits = distributed.together(lambda: open_splits(config))
     run, notes = build_run(config, world, splits)
     console = distributed.together(lambda: open_console(run))

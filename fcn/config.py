@@ -272,6 +272,10 @@ class Train:
     max_nonfinite: CountOrZero = 3
     """Most steps in a row without a finite loss and gradient. Such a step changes no weight on any process; one more
     ends the run. fp16 may take 32 more, because its loss scale is found by halving it after such steps."""
+    timeout: Positive = 600
+    """Seconds that a process waits for another one before the run ends with a message that names the one that did not
+    come. It must be longer than anything that rank 0 does alone, and than the longest evaluation of a process's share
+    of the images exceeds the shortest."""
     log_every: Count = 10
     """Steps between progress lines. Beside evaluation and saving, only these steps wait for the device."""
 
@@ -491,7 +495,8 @@ def protocol(evaluation: Eval, crop: tuple[int, int] | None) -> str:
 MAY_CHANGE = (
     "run_dir", "resume", "data.root", "data.val", "data.test", "data.workers", "data.on_error",
     "train.uneven", "train.micro_batch", "train.steps", "train.epochs", "train.precision", "train.channels_last",
-    "train.compile", "train.deterministic", "train.log_every", "train.max_nonfinite", "eval", "checkpoint", "wandb",
+    "train.compile", "train.deterministic", "train.log_every", "train.max_nonfinite", "train.timeout",
+    "eval", "checkpoint", "wandb",
 )  # fmt: skip
 """Keys that a resumed run may change: where things are, how they are computed, and the length of the run."""
 

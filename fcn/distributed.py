@@ -96,6 +96,10 @@ def start(timeout_s: float = 1800) -> World:
         if launcher == "slurm":
             os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = slurm_rendezvous(os.environ)
         nccl = device.type == "cuda" and not gloo_only
+        if nccl:  # NCCL's flight recorder: what each rank did last, written to a file when a collective times out
+            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+            os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+            os.environ.setdefault("TORCH_FR_DUMP_DYNAMIC_FILE_NAME", "1")  # the name is read when it is written
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo",
             rank=rank,
@@ -104,6 +108,52 @@ def start(timeout_s: float = 1800) -> World:
             device_id=device if nccl else None,
         )
     return World(rank, size, local_rank, device, launcher)
+
+
+def bound_waiting(seconds: float, world: World, dumps: Path) -> None:
+    """From now on a collective that waits longer fails.
+
+    Under NCCL each rank then leaves `dumps`/rank_N, which `torchfrtrace` reads (not tried on a GPU yet).
+    """
+    if not is_active():
+        return
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds))
+    if world.device.type == "cuda" and "TORCH_FR_DUMP_DYNAMIC_FILE_NAME" in os.environ:
+        dumps.mkdir(parents=True, exist_ok=True)
+        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(dumps / f"rank_{world.rank}")
+
+
+class Blackboard:
+    """Short texts that every rank can read, outside of any collective.
+
+    Raises RuntimeError where the process that keeps it (torchrun's, or rank 0) cannot be reached.
+    """
+
+    def __init__(self, store: dist.Store) -> None:
+        # A connection of its own: a thread that waits here must not keep the main thread from the group's.
+        self._store = store.clone() if hasattr(store, "clone") else store
+        self._store.set_timeout(datetime.timedelta(seconds=5))
+
+    def put(self, key: str, text: str) -> None:
+        self._store.set(f"fcn/{key}", text)
+
+    def is_first(self, key: str) -> bool:
+        """Whether no other rank has asked this before."""
+        return self._store.add(f"fcn/{key}", 1) == 1
+
+    def get(self, key: str) -> str | None:
+        key = f"fcn/{key}"
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+
+def blackboard() -> Blackboard | None:
+    """The group's, or None with one process."""
+    return Blackboard(dist.distributed_c10d._get_default_store()) if is_active() else None
+
+
+def is_communication_failure(error: BaseException) -> bool:
+    """Whether a collective failed because of another rank or the network; gloo raises RuntimeError, NCCL DistError."""
+    return is_active() and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
 
 
 def stop() -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -229,10 +229,12 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
     try:
         scored = _train(run, saver, console, trackers, stop)
         final = _finish(run, scored, console, trackers, stop)
+        return _summary(run, "finished", saver, console, final)
     except Stopped:
         run.save(saver)
         return _summary(run, "preempted", saver, console)
-    return _summary(run, "finished", saver, console, final)
+    finally:
+        saver.wait()  # whatever ends the run, a save that was begun is completed
 
 
 def _train(run: Run, saver: BackgroundSaver, console: Console, trackers: Trackers, stop: StopFlag) -> nn.Module:
