@@ -52,7 +52,7 @@ class Heartbeat:
 
     def _beat(self) -> None:
         count, place, began = 0, "", time.monotonic()
-        while not self._stop.wait(self.interval_s):
+        while True:
             here, waiting = whereabouts(threading.main_thread().ident)
             if here != place:
                 place, began = here, time.monotonic()
@@ -61,6 +61,8 @@ class Heartbeat:
             try:
                 self._board.put(f"sign/{self.world.rank}", json.dumps(sign))
             except RuntimeError:  # the process that keeps the board is gone, and so is the run
+                return
+            if self._stop.wait(self.interval_s):
                 return
 
     def last_words(self, cause: str) -> None:
