@@ -14,6 +14,7 @@ import json
 import os
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from fcn.errors import InputError
@@ -100,14 +102,44 @@ def start(timeout_s: float = 1800) -> World:
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
             os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
             os.environ.setdefault("TORCH_FR_DUMP_DYNAMIC_FILE_NAME", "1")  # the name is read when it is written
+        store = next(rendezvous("env://", rank, size, timeout=datetime.timedelta(seconds=timeout_s)))[0]
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo",
+            store=dist.PrefixStore(_agree_on_group(store, rank, size, timeout_s), store),
             rank=rank,
             world_size=size,
             timeout=datetime.timedelta(seconds=timeout_s),
             device_id=device if nccl else None,
         )
     return World(rank, size, local_rank, device, launcher)
+
+
+def _agree_on_group(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
+    """A name for this group of processes that no group before it had in this store.
+
+    torchrun keeps one store over its restarts (seen in 2.11 and 2.14), and gloo would look there for the addresses of
+    processes that are gone. Restarts have no number that all nodes agree on, so rank 0 answers every process that
+    announces itself, until all have taken the answer; announcements of the dead are answered in vain.
+    """
+    me, deadline = uuid.uuid4().hex, time.monotonic() + timeout_s
+    if rank:
+        store.set(f"fcn/here/{rank}", me)
+        store.wait([f"fcn/group/{me}"], datetime.timedelta(seconds=timeout_s))
+        group = store.get(f"fcn/group/{me}").decode()
+        store.set(f"fcn/joined/{group}/{rank}", me)
+        return group
+    missing, answered = set(range(1, size)), set()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"fcn/here/{other}"]) and (name := store.get(f"fcn/here/{other}")) not in answered:
+                store.set(f"fcn/group/{name.decode()}", me)
+                answered.add(name)
+            if store.check([f"fcn/joined/{me}/{other}"]):
+                missing.discard(other)
+        if missing and time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {sorted(missing)} did not start within {timeout_s:.0f} s")
+        time.sleep(0.005)
+    return me
 
 
 def bound_waiting(seconds: float, world: World, dumps: Path) -> None:
