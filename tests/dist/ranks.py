@@ -33,7 +33,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, devices
     context = mp.get_context("forkserver")  # imports PyTorch once, and forks before any thread is started
     context.set_forkserver_preload(["fcn.engine"])
     queue = context.Queue()
-    port = _free_port()
+    port = free_port()
     ranks = [
         context.Process(target=_rank_main, args=(rank, world_size, port, queue, devices, function, args))
         for rank in range(world_size)
@@ -68,7 +68,8 @@ def _rank_main(
     distributed.stop()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on now."""
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
