@@ -363,6 +363,21 @@ def test_checkpoint_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
     assert "SHA-256" in refusal(unet(), "unet", str(path), 3)
 
 
+class Trap:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_file_that_runs_code_is_refused_before_it_runs(tmp_path: Path) -> None:
+    path, proof = tmp_path / "weights.pth", tmp_path / "it_ran"
+    torch.save({"up.0.weight": Trap(proof)}, path)
+    assert "refused: not a file of tensors and plain data" in refusal(unet(), "unet", str(path), 3)
+    assert not proof.exists()
+
+
 def test_checkpoint_without_its_checksum_is_refused(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "best.pt", unet())
     (tmp_path / "best.pt.sha256").unlink()

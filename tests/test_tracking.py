@@ -305,20 +305,21 @@ import sys
 from pathlib import Path
 from fcn.tracking import WandB
 
-tracker = WandB("auto", "fcn", Path(sys.argv[1]), "abcd1234", {"seed": 0})
+tracker = WandB(sys.argv[2], "fcn", Path(sys.argv[1]), "abcd1234", {"seed": 0})
 tracker.log({"event": "train", "step": 10, "loss": 0.5})
 tracker.log({"event": "eval", "step": 10, "split": "val", "miou": 0.25, "iou": {"road": 0.25, "sky": None}})
 tracker.close({"status": "finished", "step": 10, "miou": 0.25})
 """
 
 
-def test_wandb_without_credentials_records_offline_and_asks_nothing(tmp_path):
+def record_with_wandb(tmp_path, mode: str, **environment: str) -> Path:
+    """Returns the run directory."""
     run_dir = tmp_path / "runs" / "quick"
     run_dir.mkdir(parents=True)
     done = subprocess.run(
-        [sys.executable, "-c", WANDB_RUN, run_dir],
+        [sys.executable, "-c", WANDB_RUN, run_dir, mode],
         cwd=ROOT,
-        env=clean_environment(tmp_path),
+        env=clean_environment(tmp_path, **environment),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -326,6 +327,19 @@ def test_wandb_without_credentials_records_offline_and_asks_nothing(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+    return run_dir
+
+
+def test_wandb_key_reaches_no_file_of_the_run_directory(tmp_path):
+    key = "5ec4e7" * 6 + "abcd"
+    run_dir = record_with_wandb(tmp_path, "offline", WANDB_API_KEY=key)
+    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert [path for path in files if key.encode() in path.read_bytes()] == []
+
+
+def test_wandb_without_credentials_records_offline_and_asks_nothing(tmp_path):
+    run_dir = record_with_wandb(tmp_path, "auto")
     (file,) = run_dir.glob("wandb/offline-run-*-abcd1234/run-abcd1234.wandb")
     content = file.read_bytes()
     for key in (b"train/loss", b"val/miou", b"val/iou/road", b"status"):
