@@ -149,7 +149,8 @@ def bound_waiting(seconds: float, world: World, dumps: Path) -> None:
     """
     if not is_active():
         return
-    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds))
+    renamed = getattr(dist.distributed_c10d, "set_timeout", None)  # in PyTorch 2.14
+    (renamed or dist.distributed_c10d._set_pg_timeout)(datetime.timedelta(seconds=seconds))
     if world.device.type == "cuda" and "TORCH_FR_DUMP_DYNAMIC_FILE_NAME" in os.environ:
         dumps.mkdir(parents=True, exist_ok=True)
         os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(dumps / f"rank_{world.rank}")

@@ -28,6 +28,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 MpiDefault=none
 JobRequeue=1
+SlurmdTimeout=10
+KillWait=30
 ReturnToService=2
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -55,11 +57,25 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     environ = {**os.environ, "SLURM_CONF": str(conf), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     with contextlib.ExitStack() as daemons:
         daemons.enter_context(_munge(folder, environ))
-        for command in (["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]):
-            process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            daemons.callback(_end, process)
+        command = ["slurmctld", "-D"]
+        process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        daemons.callback(_end, process)
+        for name in ("n1", "n2"):
+            daemons.enter_context(start_node(environ, name))
         _wait_for(lambda: _idle_nodes(environ) == 2, folder)
         yield environ
+
+
+@contextlib.contextmanager
+def start_node(slurm: dict[str, str], name: str) -> Iterator[None]:
+    """The daemon of a node, until the end of the block."""
+    process = subprocess.Popen(
+        ["slurmd", "-D", "-N", name], env=slurm, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        yield
+    finally:
+        _end(process)
 
 
 @contextlib.contextmanager

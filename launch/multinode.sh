@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Machines without a scheduler: the same command on each, launch/multinode.sh CONFIG [KEY=VALUE ...]
+# The run directory and the data must be the same folders on all of them. With NODES=1:4 machines may leave and join:
+# the others go on from the newest checkpoint, with the same global batch. The rendezvous host itself must stay.
+set -euo pipefail
+
+RDZV_HOST=${RDZV_HOST:?set RDZV_HOST to a name or address of the first machine, which all can reach}
+RDZV_PORT=${RDZV_PORT:-29400}
+RDZV_ID=${RDZV_ID:-fcn}                      # one a run, where several meet at one host
+NODES=${NODES:?set NODES to the number of machines, or least:most, such as 1:4}
+PROCESSES=${PROCESSES:-}                     # processes on this machine; empty: one per GPU
+MAX_RESTARTS=${MAX_RESTARTS:-10}             # times that a crash, or a machine that leaves, is followed by a restart
+JOIN_TIMEOUT=${JOIN_TIMEOUT:-900}            # seconds to wait for the least number of machines
+LAST_CALL=${LAST_CALL:-30}                   # seconds to wait for more machines than that
+GRACE=${GRACE:-30}                           # seconds from a signal to SIGKILL (PyTorch before 2.12: always 30)
+# export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck disable=SC1091
+[ ! -f .venv/bin/activate ] || source .venv/bin/activate
+PROCESSES=${PROCESSES:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + PROCESSES - 1) / PROCESSES))}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$GRACE
+
+config=${1:?usage: launch/multinode.sh CONFIG [KEY=VALUE ...]}
+shift
+# Not every number of machines divides the batch; with train.uneven any does, and the numbers are the same.
+[[ $NODES != *:* ]] || set -- train.uneven=true "$@"
+exec torchrun --nnodes="$NODES" --nproc-per-node="$PROCESSES" --max-restarts="$MAX_RESTARTS" \
+  --rdzv-backend=c10d --rdzv-endpoint="$RDZV_HOST:$RDZV_PORT" --rdzv-id="$RDZV_ID" \
+  --rdzv-conf="join_timeout=$JOIN_TIMEOUT,last_call_timeout=$LAST_CALL" \
+  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 train_ddp.py --config "$config" "$@"

@@ -1,0 +1,148 @@
+"""launch/slurm.sbatch on a real cluster of two nodes: time limits, nodes that die, scancel."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fcn.checkpoint import load_checkpoint
+from tests.dist.ranks import CHECKOUT, environment
+from tests.dist.test_run import assert_same_tensors, records, train
+from tests.slurm.conftest import start_node
+
+pytestmark = [pytest.mark.slurm, pytest.mark.campaign]
+
+STEPS = 1500
+
+
+class Job:
+    """A job of launch/slurm.sbatch on both nodes."""
+
+    def __init__(self, slurm: dict[str, str], folder: Path, shapes_root: Path, *options: str) -> None:
+        self.environ = environment() | {name: slurm[name] for name in ("SLURM_CONF", "PATH")}
+        # Both nodes live on this machine, under names that no resolver knows.
+        self.environ |= {"RDZV_HOST": "127.0.0.1", "PROCESSES": "1", "LOGS": str(folder / "logs")}
+        self.environ |= {"VENV": str(Path(sys.prefix)), "GRACE": "20"}
+        self.run_dir, self.output = folder / "run", folder / "job.log"
+        overrides = settings(shapes_root, self.run_dir)
+        command = ["sbatch", "--parsable", "--nodes=2", f"--output={self.output}", *options]
+        self.id = self._run(*command, "launch/slurm.sbatch", "configs/quickstart.yaml", *overrides).strip()
+
+    def _run(self, *command: str) -> str:
+        done = subprocess.run(command, cwd=CHECKOUT, env=self.environ, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def state(self) -> str:
+        return re.search(r"JobState=(\w+)", self._run("scontrol", "show", "job", self.id)).group(1)
+
+    def log(self) -> str:
+        return self.output.read_text() if self.output.exists() else ""
+
+    def wait_for(self, ready: Callable[[], bool], seconds: float = 150) -> None:
+        """Also lets a job that was queued again start now: SLURM would have it wait for two minutes."""
+        end = time.monotonic() + seconds
+        while not ready():
+            assert time.monotonic() < end, f"{self.state()}\n{self.log()[-6000:]}"
+            if self.state() == "PENDING":
+                self._quietly("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+            time.sleep(0.5)
+
+    def _quietly(self, *command: str) -> None:
+        subprocess.run(command, env=self.environ, capture_output=True)
+
+    def cancel(self) -> None:
+        self._quietly("scancel", self.id)
+
+    def is_over(self) -> bool:
+        return self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+def settings(shapes_root: Path, run_dir: Path) -> list[str]:
+    return [
+        f"data.root={shapes_root}", f"run_dir={run_dir}", "data.workers=0", "data.crop=[48,48]", "model.width=2",
+        f"train.steps={STEPS}", "train.batch_size=4", "train.log_every=50", "eval.every=100000", "eval.pictures=0",
+        "checkpoint.every=50", "wandb.mode=disabled",
+    ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def submitted(*arguments) -> Iterator[Job]:
+    job = Job(*arguments)
+    try:
+        yield job
+    finally:
+        job.cancel()
+
+
+@pytest.fixture(scope="module")
+def whole(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The end of the run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(2, "configs/quickstart.yaml", *settings(shapes_root, folder))
+    return load_checkpoint(folder)
+
+
+def assert_undisturbed(job: Job, whole: dict) -> None:
+    assert job.state() == "COMPLETED", job.log()
+    assert_same_tensors(load_checkpoint(job.run_dir), whole)
+    assert [record["step"] for record in records(job.run_dir, "train")] == list(range(50, STEPS + 1, 50))
+    assert json.loads((job.run_dir / "summary.json").read_text())["status"] == "finished"
+
+
+def test_warned_before_its_time_limit_it_saves_and_queues_itself_again(slurm, shapes_root, tmp_path, whole) -> None:
+    with submitted(slurm, tmp_path, shapes_root, "--time=2", "--signal=B:USR1@70") as job:
+        job.wait_for(lambda: "stopped by a signal at step" in job.log())
+        job.wait_for(job.is_over, 300)
+        assert "resuming at step" in job.log()
+        assert_undisturbed(job, whole)
+        ranks = {path.parent.name for path in (tmp_path / "logs").rglob("stdout.log")}
+        assert ranks == {"0"}, "each node's torchrun keeps a log of its rank"
+
+
+def test_a_node_that_dies_leads_to_another_start(slurm, shapes_root, tmp_path, whole) -> None:
+    with submitted(slurm, tmp_path, shapes_root) as job:
+        job.wait_for(lambda: "step 200/" in job.log())
+        kill_node(slurm, "n2", job.id)
+        job.wait_for(lambda: "Node failure" in job.log() or job.state() == "PENDING", 120)
+        with start_node(slurm, "n2"):
+            job.wait_for(job.is_over, 300)
+            assert_undisturbed(job, whole)
+
+
+def kill_node(slurm: dict[str, str], node: str, job: str) -> None:
+    """SIGKILL to the node's daemon and to everything of the job that runs there."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            variables = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+            daemon = words[0].endswith("slurmd") and words[-2:-1] == [node]
+            task = f"SLURMD_NODENAME={node}" in variables and f"SLURM_JOB_ID={job}" in variables
+            step = (
+                "slurmstepd" in words[0]
+                and f"SLURM_CONF={slurm['SLURM_CONF']}" in variables
+                and node in " ".join(words)
+            )
+            if daemon or task or step:
+                os.kill(int(folder.name), signal.SIGKILL)
+
+
+def test_scancel_leaves_a_checkpoint(slurm, shapes_root, tmp_path) -> None:
+    with submitted(slurm, tmp_path, shapes_root) as job:
+        job.wait_for(lambda: "step 100/" in job.log())
+        began = time.monotonic()
+        job.cancel()
+        job.wait_for(lambda: job.state() == "CANCELLED" and "stopped by a signal" in job.log(), 40)
+        assert time.monotonic() - began < 30
+        stopped = int(re.search(r"stopped by a signal at step (\d+)", job.log()).group(1))
+        assert load_checkpoint(job.run_dir)["step"] == stopped
