@@ -8,8 +8,10 @@ Exit status: 0 finished, 2 the input is at fault, 74 the last state could not be
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -45,7 +47,7 @@ def main(argv: list[str], world: World) -> int:
             f"{run.folder}: this run is finished ({run.steps} steps); its scores are in {run.folder / 'summary.json'}"
         )
         return 0
-    trackers = open_trackers(run, console)
+    trackers = distributed.together(lambda: open_trackers(run, console))
     describe(run, console)
     for note in notes:
         console.line(f"note: {config.model.name}: {note}")
@@ -73,12 +75,20 @@ def open_console(run: Run) -> tracking.Console:
     """Terminal and log file on rank 0, silence on the others; makes the run directory."""
     if run.world.rank != 0:
         return tracking.Console.silent()
-    try:
+    with writing(run.folder):
         run.folder.mkdir(parents=True, exist_ok=True)
         return tracking.Console(log_file=run.folder / "log.txt")
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What a run cannot begin without; the disk may be full of the run before."""
+    try:
+        yield
     except OSError as error:
         raise InputError(
-            f"run_dir: {run.folder}: cannot be written ({error.strerror}); choose a folder that you may write to"
+            f"run_dir: {folder}: cannot be written ({error.strerror}); "
+            "free space there, or choose a folder that you may write to"
         ) from None
 
 
@@ -86,7 +96,8 @@ def start_or_resume(run: Run, console: tracking.Console) -> None:
     """Rank 0 picks the checkpoint, every rank loads it. Without one the run starts, from pretrained weights if any."""
 
     def set_aside(path: Path, problem: str) -> None:
-        name = checkpoint.set_aside(path).name if problem.endswith(checkpoint.ALTERED) else path.name
+        with writing(run.folder):
+            name = checkpoint.set_aside(path).name if problem.endswith(checkpoint.ALTERED) else path.name
         console.line(f"warning: {path}: broken checkpoint ({problem}), left as {name}; trying the one before it")
 
     def pick() -> str | None:
@@ -111,8 +122,14 @@ def start_or_resume(run: Run, console: tracking.Console) -> None:
             console.line(f"changed since that checkpoint: {change}")
     elif run.config.model.weights:
         load_weights(run, console)
+    distributed.together(lambda: write_config(run))
+
+
+def write_config(run: Run) -> None:
+    """config.yaml: the old one stays where the new one finds no room."""
     if run.world.rank == 0:
-        save_config(run.config, run.folder / "config.yaml")
+        with writing(run.folder), tracking.replacing(run.folder / "config.yaml") as file:
+            save_config(run.config, Path(file.name))
 
 
 def load_weights(run: Run, console: tracking.Console) -> None:
@@ -136,9 +153,10 @@ def open_trackers(run: Run, console: tracking.Console) -> tracking.Trackers:
     trackers = tracking.Trackers(console.line)
     if run.world.rank == 0:
         metrics, wandb = run.folder / "metrics.jsonl", run.config.wandb
-        tracking.rewind_metrics(metrics, run.step, run.config.data.test)
+        with writing(run.folder):
+            tracking.rewind_metrics(metrics, run.step, run.config.data.test)
         trackers.add(lambda: console)
-        trackers.add(lambda: tracking.JsonLines(metrics))
+        trackers.add(lambda: tracking.JsonLines(metrics, console.line))
         if wandb.mode != "disabled":
             trackers.add(
                 lambda: tracking.WandB(wandb.mode, wandb.project, run.folder, run.tracker_id, to_dict(run.config))

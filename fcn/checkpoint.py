@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 
 from fcn.errors import InputError
+from fcn.tracking import replacing, write_atomically
 
 FORMAT = 1
 ALTERED = "truncated or altered"
@@ -37,27 +38,28 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         OSError: it could not be written; what was there before still is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    digest = _digest_path(path)
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as file:
             writer = _HashingWriter(file)
             try:
                 torch.save({"format": FORMAT, **state}, writer)
             except RuntimeError as error:  # torch's own words for a write that failed
                 raise writer.error or error from None
-            _sync(file)
+            line = f"{writer.hash.hexdigest()}  {path.name}\n"
+            # A damaged checksum is no reason to fail: it may be any bytes, and lack the end of its line.
+            replaced = digest.read_text(errors="replace").splitlines() if path.exists() and digest.exists() else []
+            write_atomically(digest, "".join(f"{other}\n" for other in replaced) + line)
+            if replaced:
+                _sync_folder(path.parent)  # before the file gets its name
     except OSError:
         with contextlib.suppress(OSError):
-            temporary.unlink()  # half a checkpoint must not take the room of the next
+            if not path.exists():
+                digest.unlink(missing_ok=True)
         raise
-    line = f"{writer.hash.hexdigest()}  {path.name}\n"
-    digest = _digest_path(path)
-    replaced = digest.read_text() if path.exists() and digest.exists() else ""
-    _write(digest, replaced + line)
-    temporary.replace(path)
     if replaced:
         _sync_folder(path.parent)
-        _write(digest, line)
+        write_atomically(digest, line)
     _sync_folder(path.parent)
 
 
@@ -109,10 +111,10 @@ def read_plain(path: Path) -> Any:
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint file, or None if its bytes match the checksum beside it."""
     digest = _digest_path(path)
-    for file in (path, digest):
-        if not file.is_file():
-            return "no such file" if file is path else f"{digest.name} is missing, so the file cannot be verified"
     try:
+        for file in (path, digest):
+            if not file.is_file():
+                return "no such file" if file is path else f"{digest.name} is missing, so the file cannot be verified"
         expected = [line.split()[:1] for line in digest.read_text().splitlines()]
         with path.open("rb") as file:
             found = _sha256(file)
@@ -155,7 +157,13 @@ def prune(folder: Path, keep: int) -> None:
             _digest_path(path).unlink(missing_ok=True)
         else:
             good += verify(path) is None
-    for path in folder.glob(".*.tmp"):
+    remove_leftovers(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what saves that were killed left: half a file, a checksum of none. Call it when no save is running."""
+    orphans = [path for path in folder.glob("step_*.pt.sha256") if not path.with_suffix("").exists()]
+    for path in [*folder.glob(".*.tmp"), *orphans]:
         path.unlink(missing_ok=True)
 
 
@@ -165,13 +173,18 @@ class BackgroundSaver:
     A save that fails is reported through `warn` (from that thread) with its path, cause and remedy, and training goes
     on; `unsaved` says so until a later save of the same kind succeeds. At most one save waits behind the one that is
     being written, so that a slow disk costs time but not memory without bound.
+
+    Training never comes back to the weights of best.pt: if it cannot be written, its state is kept, and written after
+    the next step_*.pt that can.
     """
 
     def __init__(self, folder: Path, keep: int, warn: Callable[[str], None]) -> None:
         self.folder, self.keep, self.warn = folder, keep, warn
         self.unsaved: dict[str, str] = {}
         """What the last save of a kind ("step" or "best.pt") failed of, for those that failed."""
-        self._saved_before = False
+        self._begun = False
+        self._had_folder = folder.is_dir()
+        self._kept: dict[str, dict[str, Any]] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running: deque[Future[None]] = deque()
 
@@ -190,22 +203,44 @@ class BackgroundSaver:
     def _write(self, name: str, state: dict[str, Any], copied: Callable[[], None]) -> None:
         path = self.folder / name
         kind = "step" if _NAME.fullmatch(name) else name
+        self._kept.pop(kind, None)
         try:
             copied()
-            if self._saved_before and not self.folder.is_dir():
+            if self._had_folder and not self.folder.is_dir():
                 self.warn(f"warning: {self.folder} has vanished, with the older checkpoints; making it again")
+            if not self._begun:
+                remove_leftovers(self.folder)  # they may be what fills the disk
+                self._begun = True
             save_checkpoint(path, state)
-            self._saved_before = True
-            self.unsaved.pop(kind, None)
-            if kind == "step":
-                prune(self.folder, self.keep)
+            self._had_folder = True
         except OSError as error:
-            reason = error.strerror or str(error)
+            self._report(kind, path, error)
+            if kind != "step":
+                self._kept[kind] = state
+            return
+        self.unsaved.pop(kind, None)
+        if kind == "step":
+            self._prune()
+            for kept in list(self._kept):
+                self._write(kept, self._kept[kept], lambda: None)
+
+    def _report(self, kind: str, path: Path, error: OSError) -> None:
+        left = None
+        with contextlib.suppress(OSError):  # a disk that cannot be written perhaps cannot be listed
             left = find_newest(self.folder)
-            kept = f"the newest checkpoint is {left}" if left else "there is no other checkpoint"
-            self.unsaved[kind] = f"{path}: cannot be written ({reason})"
+        newest = f"the newest checkpoint is {left}" if left else "there is no other checkpoint"
+        self.unsaved[kind] = f"{path}: cannot be written ({_reason(error)})"
+        self.warn(
+            f"warning: {self.unsaved[kind]}; training does not stop for that, {newest}; "
+            "free space there or make it writable, the next save tries again"
+        )
+
+    def _prune(self) -> None:
+        try:
+            prune(self.folder, self.keep)
+        except OSError as error:
             self.warn(
-                f"warning: {self.unsaved[kind]}; training goes on, {kept}; free space there or make it writable, "
+                f"warning: {self.folder}: older checkpoints cannot be deleted ({_reason(error)}); "
                 "the next save tries again"
             )
 
@@ -270,17 +305,8 @@ def _sha256(file: BinaryIO) -> str:  # hashlib.file_digest needs Python 3.11
     return digest.hexdigest()
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(text.encode())
-        _sync(file)
-    temporary.replace(path)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -229,10 +229,10 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
     try:
         scored = _train(run, saver, console, trackers, stop)
         final = _finish(run, scored, console, trackers, stop)
-        return _summary(run, "finished", saver, console, final)
+        return _summary(run, "finished", saver, console, trackers, final)
     except Stopped:
         run.save(saver)
-        return _summary(run, "preempted", saver, console)
+        return _summary(run, "preempted", saver, console, trackers)
     finally:
         saver.wait()  # whatever ends the run, a save that was begun is completed
 
@@ -295,6 +295,7 @@ def _train(run: Run, saver: BackgroundSaver, console: Console, trackers: Tracker
                 score_val()
         if save_due and (last or not streak):  # weights that give no finite loss may be no good to resume from
             with pace.paused():
+                trackers.flush()  # records of steps before a checkpoint are not made again
                 run.save(saver)
     return scored
 
@@ -388,7 +389,9 @@ def _finish(run: Run, model: nn.Module, console: Console, trackers: Trackers, st
     return final
 
 
-def _summary(run: Run, status: str, saver: BackgroundSaver, console: Console, final: Record | None = None) -> Record:
+def _summary(
+    run: Run, status: str, saver: BackgroundSaver, console: Console, trackers: Trackers, final: Record | None = None
+) -> Record:
     """summary.json: where the run stands, once everything is saved. The scores are those of the last step's weights.
 
     "unsaved" names what could not be saved, on every rank.
@@ -403,7 +406,7 @@ def _summary(run: Run, status: str, saver: BackgroundSaver, console: Console, fi
         "images": None,
         **scores,
         "best": run.best,
-        "unsaved": sorted(saver.unsaved.values()),
+        "unsaved": [*sorted(saver.unsaved.values()), *trackers.flush()],
     }
     if run.world.rank == 0:
         path = run.folder / "summary.json"

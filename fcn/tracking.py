@@ -6,6 +6,8 @@ is named once and dropped: it never stops training.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import math
 import netrc
@@ -13,9 +15,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol, TextIO
 from urllib.parse import urlsplit
 
 Record = dict[str, Any]
@@ -26,20 +28,63 @@ class Tracker(Protocol):
 
     def log(self, record: Record) -> None: ...
 
+    def flush(self) -> str | None:
+        """Write what is still to be written; returns what cannot be, and why."""
+
     def close(self, summary: Record) -> None: ...
+
+
+class LineFile:
+    """A text file that grows by whole lines. Those that a full disk does not take are kept until it does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("ab", buffering=0)
+        self._kept = b""
+
+    @property
+    def kept(self) -> int:
+        """How many lines are not in the file."""
+        return self._kept.count(b"\n")
+
+    def append(self, line: str) -> str | None:
+        """Returns why the line is not in the file yet."""
+        self._kept += line.encode(errors="backslashreplace") + b"\n"
+        return self.flush()
+
+    def flush(self) -> str | None:
+        """Write the lines that are kept; returns why they cannot be written."""
+        text, done = self._kept, 0
+        try:
+            while done < len(text):
+                done += self._file.write(text[done:])
+        except OSError as error:
+            whole = text.rfind(b"\n", 0, done) + 1
+            with contextlib.suppress(OSError):  # half a line is no good to a reader; else go on in its middle
+                os.ftruncate(self._file.fileno(), os.fstat(self._file.fileno()).st_size - (done - whole))
+                done = whole
+            return error.strerror or str(error)
+        finally:
+            self._kept = text[done:]
+        return None
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class Console:
     """Lines for people: on a terminal a progress line that is rewritten in place, elsewhere plain lines with the time.
 
-    Everything also goes to `log_file`, as plain lines.
+    Everything also goes to `log_file`, as plain lines. A full disk or a closed pipe hinders that output alone, and
+    lines that a disk does not take are written when it does.
     """
 
     def __init__(self, stream: TextIO | None = None, log_file: Path | None = None) -> None:
         self.stream: TextIO | None = sys.stdout if stream is None else stream
-        self.file = log_file.open("a", encoding="utf-8") if log_file else None
+        self.file = LineFile(log_file) if log_file else None
         self.live = bool(self.stream and self.stream.isatty())
         self._width = 0
+        self._failed = False
         self._lock = threading.Lock()
         """A save that fails says so from its own thread."""
 
@@ -56,17 +101,13 @@ class Console:
         self._write(text, end="" if self.live else "\n")
 
     def _write(self, text: str, end: str) -> None:
-        """A full disk or a closed pipe silences that output, and nothing else."""
         with self._lock:
             self._write_locked(text, end)
 
     def _write_locked(self, text: str, end: str) -> None:
         stamped = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
-        try:
-            if self.file:
-                print(stamped, file=self.file, flush=True)
-        except OSError:
-            self.file = None
+        if self.file:
+            self.file.append(stamped)
         try:
             if self.live:
                 # A progress line that wraps could not be rewritten.
@@ -76,8 +117,15 @@ class Console:
                 print(f"\r{shown}{padding}", end=end, file=self.stream, flush=True)
             elif self.stream:
                 print(stamped, file=self.stream, flush=True)
-        except OSError:
-            self.live, self.stream = False, None
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                atexit.register(_abandon_unless_written, self.stream)
+            if self.live or isinstance(error, BrokenPipeError):  # a file takes the rest when there is room again
+                self.live, self.stream = False, None
+
+    def flush(self) -> None:
+        pass  # every line has been tried
 
     def log(self, record: Record) -> None:
         if record["event"] == "train":
@@ -103,19 +151,34 @@ class Console:
 
 
 class JsonLines:
-    """metrics.jsonl: one record a line. JSON knows no infinity (of an fp16 gradient, say): it becomes null."""
+    """metrics.jsonl: one record a line. JSON knows no infinity (of an fp16 gradient, say): it becomes null.
 
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("a", encoding="utf-8")
+    Lines that cannot be written are said through `warn` once, and written as soon as they can be: no step is missing.
+    """
+
+    def __init__(self, path: Path, warn: Callable[[str], None] = lambda text: None) -> None:
+        self.file, self.warn = LineFile(path), warn
+        self._behind = False
 
     def log(self, record: Record) -> None:
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        print(json.dumps(finite, allow_nan=False), file=self.file, flush=True)
+        reason = self.file.append(json.dumps(finite, allow_nan=False))
+        if reason and not self._behind:
+            self.warn(f"warning: {self._problem(reason)}; it is kept and written when there is room; free space there")
+        self._behind = reason is not None
+
+    def flush(self) -> str | None:
+        reason = self.file.flush()
+        return self._problem(reason) if reason else None
+
+    def _problem(self, reason: str) -> str:
+        return f"{self.file.path}: {self.file.kept} line(s) cannot be written ({reason})"
 
     def close(self, summary: Record) -> None:
+        self.flush()
         self.file.close()
 
 
@@ -139,6 +202,9 @@ class WandB:
             values["train/replaced"] = len(record["faults"])
         values |= {f"{prefix}/iou/{name}": value for name, value in record.get("iou", {}).items() if value is not None}
         self.run.log({**values, "step": record["step"]})
+
+    def flush(self) -> None:
+        pass  # it has a process for that
 
     def close(self, summary: Record) -> None:
         self.run.summary.update({key: value for key, value in summary.items() if isinstance(value, int | float | str)})
@@ -170,6 +236,10 @@ class Trackers:
         for tracker in list(self.trackers):
             if not self.attempt(lambda tracker=tracker: tracker.log(record), type(tracker).__name__):
                 self.trackers.remove(tracker)
+
+    def flush(self) -> list[str]:
+        """Write what is still to be written; returns what cannot be."""
+        return [problem for tracker in self.trackers if (problem := tracker.flush())]
 
     def close(self, summary: Record) -> None:
         for tracker in self.trackers:
@@ -213,12 +283,36 @@ def read_summary(folder: Path) -> Record:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file so that a crash leaves the old one or the new one."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when all of it is on the disk.
+
+    After an error what was there before still is, and nothing half-written takes room.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _abandon_unless_written(stream: TextIO) -> None:
+    """Python turns the exit status of a process whose standard output cannot be written at its end into 120."""
+    try:
+        stream.flush()
+    except OSError:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), stream.fileno())
 
 
 def duration(seconds: float) -> str:
