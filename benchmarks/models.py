@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.common import CHECKOUT, hardware, seconds, spread
 from fcn.config import Loss, Optim
 from fcn.data.loaders import Batch, Step, Totals, count_labels
 from fcn.engine import train_step
@@ -41,7 +40,6 @@ VARIANTS = [
     ("linknet", {"encoder": "plain"}),
     ("linknet", {"encoder": "resnet18"}),
 ]
-CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
@@ -61,15 +59,6 @@ def main() -> None:
         device = torch.device("cuda" if cuda else "cpu")
         numerics = Numerics(args.precision or ("bf16" if cuda else "fp32"), True, device)
         reviewers_table(tuple(args.size), args.batch or (16 if cuda else 1), args.rounds, numerics)
-
-
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}"
-    names = [
-        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}, PyTorch {torch.__version__}"
 
 
 def reviewers_table(size: tuple[int, int], batch: int, rounds: int, numerics: Numerics) -> None:
@@ -102,7 +91,19 @@ def cost(name: str, options: dict, size: tuple[int, int]) -> tuple[int, int]:
 
 def measure(name: str, options: dict, size: tuple[int, int], batch: int, numerics: Numerics) -> tuple[float, float]:
     """Seconds of one forward pass in evaluation and of one training step, on a batch that is already in place."""
-    model = numerics.place(build_model(name, CLASSES, **options))
+    model, _, train, images = training(name, options, size, batch, numerics)
+    step = seconds(train, numerics.device)
+    model.eval()
+    with torch.inference_mode():
+        inference = seconds(lambda: infer(model, images, size, numerics), numerics.device)
+    return inference, step
+
+
+def training(
+    name: str, options: dict, size: tuple[int, int], batch: int, numerics: Numerics
+) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], object], torch.Tensor]:
+    """(network, its optimizer, a function that does one training step on a batch in place, the batch's images)."""
+    model = numerics.place(build_model(name, CLASSES, **options)).train()
     images = torch.randint(0, 256, (batch, *size, 3), dtype=torch.uint8, device=numerics.device)
     labels = torch.randint(0, CLASSES, (batch, *size), dtype=torch.uint8, device=numerics.device)
     numbers = torch.arange(batch, device=numerics.device)
@@ -118,32 +119,7 @@ def measure(name: str, options: dict, size: tuple[int, int], batch: int, numeric
             micro_batch=None, grad_clip=None, aux_weight=0.5,
         )  # fmt: skip
 
-    model.train()
-    training = seconds(train, numerics.device)
-    model.eval()
-    with torch.inference_mode():
-        inference = seconds(lambda: infer(model, images, size, numerics), numerics.device)
-    return inference, training
-
-
-def seconds(action: Callable[[], object], device: torch.device, at_least: float = 1.0) -> float:
-    """Mean duration, over as many calls as fill `at_least` seconds, after one (on a GPU five) to warm up."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    for _ in range(5 if device.type == "cuda" else 1):
-        action()
-    wait()
-    began, calls = time.perf_counter(), 0
-    while time.perf_counter() - began < at_least:
-        action()
-        calls += 1
-        if calls % 10 == 0:
-            wait()
-    wait()
-    return (time.perf_counter() - began) / calls
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.3g} ({min(values):.3g}–{max(values):.3g})"
+    return model, optimizer, train, images
 
 
 def compare_on_camvid(root: str, steps: int, overrides: list[str]) -> None:

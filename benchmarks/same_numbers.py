@@ -21,7 +21,7 @@ import yaml
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
-from benchmarks.models import hardware
+from benchmarks.common import hardware
 from fcn import distributed
 from fcn.checkpoint import load_checkpoint
 from fcn.config import Data, Loss, load_config
