@@ -1,4 +1,9 @@
-"""launch/slurm.sbatch on a real cluster of two nodes: time limits, nodes that die, scancel."""
+"""launch/slurm.sbatch on a real cluster of two nodes: time limits, nodes that die, scancel.
+
+    bash tests/run.sh -m campaign tests/slurm
+
+runs all of it; by default the warning before a time limit is sent by hand, which takes seconds instead of minutes.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,21 +26,42 @@ from tests.dist.ranks import CHECKOUT, environment
 from tests.dist.test_run import assert_same_tensors, records, train
 from tests.slurm.conftest import start_node
 
-pytestmark = [pytest.mark.slurm, pytest.mark.campaign]
+pytestmark = pytest.mark.slurm
 
-STEPS = 1500
+STEPS = 300
+NETWORK = """
+    import time
+    from fcn.models import build_model
+
+    def build(num_classes, delay):
+        '''A network whose training steps take `delay` seconds and more, on machines of any speed.'''
+        model = build_model("unet", num_classes, width=2, norm="batch")
+        model.register_forward_pre_hook(lambda *_: time.sleep(delay) if model.training else None)
+        return model
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slow_network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "slow_network.py").write_text(textwrap.dedent(NETWORK))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.dist.ranks.IMPORTS", (str(folder),))
+        yield
 
 
 class Job:
     """A job of launch/slurm.sbatch on both nodes."""
 
-    def __init__(self, slurm: dict[str, str], folder: Path, shapes_root: Path, *options: str) -> None:
+    def __init__(
+        self, slurm: dict[str, str], folder: Path, shapes_root: Path, *options: str, delay: float = 0.02
+    ) -> None:
         self.environ = environment() | {name: slurm[name] for name in ("SLURM_CONF", "PATH")}
         # Both nodes live on this machine, under names that no resolver knows.
         self.environ |= {"RDZV_HOST": "127.0.0.1", "PROCESSES": "1", "LOGS": str(folder / "logs")}
         self.environ |= {"VENV": str(Path(sys.prefix)), "GRACE": "20"}
         self.run_dir, self.output = folder / "run", folder / "job.log"
-        overrides = settings(shapes_root, self.run_dir)
+        overrides = settings(shapes_root, self.run_dir, delay)
         command = ["sbatch", "--parsable", "--nodes=2", f"--output={self.output}", *options]
         self.id = self._run(*command, "launch/slurm.sbatch", "configs/quickstart.yaml", *overrides).strip()
 
@@ -64,21 +91,26 @@ class Job:
     def cancel(self) -> None:
         self._quietly("scancel", self.id)
 
+    def warn(self) -> None:
+        """What SLURM does before the time limit."""
+        self._quietly("scancel", "--signal=USR1", "--batch", self.id)
+
     def is_over(self) -> bool:
         return self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
-def settings(shapes_root: Path, run_dir: Path) -> list[str]:
+def settings(shapes_root: Path, run_dir: Path, delay: float) -> list[str]:
     return [
-        f"data.root={shapes_root}", f"run_dir={run_dir}", "data.workers=0", "data.crop=[48,48]", "model.width=2",
-        f"train.steps={STEPS}", "train.batch_size=4", "train.log_every=50", "eval.every=100000", "eval.pictures=0",
-        "checkpoint.every=50", "wandb.mode=disabled",
+        f"data.root={shapes_root}", f"run_dir={run_dir}", "data.workers=0", "data.crop=[48,48]",
+        "model.name=slow_network:build", f"model.options={{delay: {delay}}}", "model.norm=null", "model.width=null",
+        f"train.steps={STEPS}", "train.batch_size=4", "train.log_every=20", "eval.every=100000", "eval.pictures=0",
+        "checkpoint.every=20", "wandb.mode=disabled",
     ]  # fmt: skip
 
 
 @contextlib.contextmanager
-def submitted(*arguments) -> Iterator[Job]:
-    job = Job(*arguments)
+def submitted(*arguments, **options) -> Iterator[Job]:
+    job = Job(*arguments, **options)
     try:
         yield job
     finally:
@@ -89,30 +121,45 @@ def submitted(*arguments) -> Iterator[Job]:
 def whole(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The end of the run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    train(2, "configs/quickstart.yaml", *settings(shapes_root, folder))
+    train(2, "configs/quickstart.yaml", *settings(shapes_root, folder, delay=0))
     return load_checkpoint(folder)
 
 
 def assert_undisturbed(job: Job, whole: dict) -> None:
     assert job.state() == "COMPLETED", job.log()
     assert_same_tensors(load_checkpoint(job.run_dir), whole)
-    assert [record["step"] for record in records(job.run_dir, "train")] == list(range(50, STEPS + 1, 50))
+    assert [record["step"] for record in records(job.run_dir, "train")] == list(range(20, STEPS + 1, 20))
     assert json.loads((job.run_dir / "summary.json").read_text())["status"] == "finished"
 
 
-def test_warned_before_its_time_limit_it_saves_and_queues_itself_again(slurm, shapes_root, tmp_path, whole) -> None:
-    with submitted(slurm, tmp_path, shapes_root, "--time=2", "--signal=B:USR1@70") as job:
-        job.wait_for(lambda: "stopped by a signal at step" in job.log())
+def test_warned_it_saves_queues_itself_again_and_ends_as_if_nothing_had_happened(
+    slurm, shapes_root, tmp_path, whole
+) -> None:
+    with submitted(slurm, tmp_path, shapes_root) as job:
+        job.wait_for(lambda: "step 60/" in job.log())
+        job.warn()
+        job.wait_for(lambda: "resuming at step" in job.log())
         job.wait_for(job.is_over, 300)
-        assert "resuming at step" in job.log()
+        assert re.search(r"stopped by a signal at step \d+/300 after saving", job.log())
         assert_undisturbed(job, whole)
         ranks = {path.parent.name for path in (tmp_path / "logs").rglob("stdout.log")}
         assert ranks == {"0"}, "each node's torchrun keeps a log of its rank"
 
 
+@pytest.mark.campaign
+def test_the_time_limit_warns_it(slurm, shapes_root, tmp_path, whole) -> None:
+    """SLURM looks at time limits twice a minute, so the warning comes 20 to 50 s after the start."""
+    with submitted(slurm, tmp_path, shapes_root, "--time=2", "--signal=B:USR1@70", delay=0.2) as job:
+        job.wait_for(lambda: "stopped by a signal at step" in job.log())
+        job.wait_for(job.is_over, 400)
+        assert "resuming at step" in job.log()
+        assert_undisturbed(job, whole)
+
+
+@pytest.mark.campaign
 def test_a_node_that_dies_leads_to_another_start(slurm, shapes_root, tmp_path, whole) -> None:
     with submitted(slurm, tmp_path, shapes_root) as job:
-        job.wait_for(lambda: "step 200/" in job.log())
+        job.wait_for(lambda: "step 100/" in job.log())
         kill_node(slurm, "n2", job.id)
         job.wait_for(lambda: "Node failure" in job.log() or job.state() == "PENDING", 120)
         with start_node(slurm, "n2"):
@@ -137,6 +184,7 @@ def kill_node(slurm: dict[str, str], node: str, job: str) -> None:
                 os.kill(int(folder.name), signal.SIGKILL)
 
 
+@pytest.mark.campaign
 def test_scancel_leaves_a_checkpoint(slurm, shapes_root, tmp_path) -> None:
     with submitted(slurm, tmp_path, shapes_root) as job:
         job.wait_for(lambda: "step 100/" in job.log())
