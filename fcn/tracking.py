@@ -1,7 +1,7 @@
 """What is recorded and shown: console, log file, metrics.jsonl, Weights & Biases. Rank 0 only, and no collective.
 
 A record is a plain dict with "event" ("train", "eval" or "replaced") and "step" (finished steps). A tracker that fails
-is named once and dropped: it never stops training.
+is named once and dropped: it never stops training. What a full disk does not take of metrics.jsonl and log.txt is kept.
 """
 
 from __future__ import annotations
