@@ -5,20 +5,27 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import socket
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from fcn import distributed
 from fcn.distributed import World
 
+T = TypeVar("T")
 PACKAGE = Path(__file__).parent
 WAITING = ("torch/distributed/", "torch/autograd/", str(PACKAGE / "distributed.py"))
 """Where a rank that waits for others stands: in a collective, or in a backward pass that exchanges gradients."""
+
+
+PATIENCE_S = 5.0
+"""For an answer of the board; it has one in milliseconds."""
 
 
 class Sign(NamedTuple):
@@ -45,6 +52,8 @@ class Heartbeat:
     def __init__(self, world: World, interval_s: float = 1.0) -> None:
         self.world, self.interval_s = world, interval_s
         self._board = distributed.blackboard()
+        self._lost = False
+        """Whether the board could not be reached."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         if self._board:
@@ -69,12 +78,12 @@ class Heartbeat:
         """Tell the other ranks why this one leaves."""
         if self._board:
             with contextlib.suppress(RuntimeError):
-                self._board.put(f"words/{self.world.rank}", cause)
+                self._ask(lambda: self._board.put(f"words/{self.world.rank}", cause))
 
     def speaks(self) -> bool:
         """Whether this rank is the one that tells the user; each does that cannot reach the others."""
         with contextlib.suppress(RuntimeError):
-            return self._board.is_first("speaker")
+            return self._ask(lambda: self._board.is_first("speaker"))
         return True
 
     def diagnose(self) -> str:
@@ -84,13 +93,13 @@ class Heartbeat:
         """
         others = [rank for rank in range(self.world.size) if rank != self.world.rank]
         try:
-            words = {rank: self._board.get(f"words/{rank}") for rank in others}
+            words = self._ask(lambda: {rank: self._board.get(f"words/{rank}") for rank in others})
             said = {rank: text for rank, text in words.items() if text}
             if said:
                 return "; ".join(f"rank {rank} failed: {text}" for rank, text in said.items())
-            before = {rank: self._sign(rank) for rank in others}
+            before = self._ask(lambda: {rank: self._sign(rank) for rank in others})
             time.sleep(3 * self.interval_s)
-            after = {rank: self._sign(rank) for rank in others}
+            after = self._ask(lambda: {rank: self._sign(rank) for rank in others})
         except RuntimeError:
             return "the host of the process group cannot be reached: it is down, or the network is cut"
         silent = [rank for rank in others if before[rank] == after[rank]]
@@ -105,11 +114,44 @@ class Heartbeat:
         text = self._board.get(f"sign/{rank}")
         return Sign(*json.loads(text)) if text else None
 
+    def _ask(self, question: Callable[[], T]) -> T:
+        """The board's answer; RuntimeError if there is none soon, and at once if there was none before."""
+        if not self._lost:
+            try:
+                return within(PATIENCE_S, question)
+            except RuntimeError:
+                self._lost = True
+        raise RuntimeError("the board cannot be reached")
+
     def close(self) -> None:
         """Stop before the process group does."""
         self._stop.set()
         if self._board:
-            self._thread.join()
+            self._thread.join(PATIENCE_S)
+
+
+def within(seconds: float, action: Callable[[], T]) -> T:
+    """What `action` returns, or RuntimeError when that takes longer.
+
+    The store's own time limit covers a host that has no answer, not one that a cut network hides: TCP then waits for
+    a quarter of an hour. The thread that is left behind holds up no exit.
+    """
+    results: queue.SimpleQueue[tuple[Any, RuntimeError | None]] = queue.SimpleQueue()
+
+    def act() -> None:
+        try:
+            results.put((action(), None))
+        except RuntimeError as error:
+            results.put((None, error))
+
+    threading.Thread(target=act, daemon=True).start()
+    try:
+        result, error = results.get(timeout=seconds)
+    except queue.Empty:
+        raise RuntimeError(f"no answer within {seconds:g} s") from None
+    if error:
+        raise error
+    return result
 
 
 def whereabouts(thread: int | None) -> tuple[str, bool]:

@@ -12,7 +12,10 @@ PROCESSES=${PROCESSES:-}                     # processes on this machine; empty:
 MAX_RESTARTS=${MAX_RESTARTS:-10}             # times that a crash, or a machine that leaves, is followed by a restart
 JOIN_TIMEOUT=${JOIN_TIMEOUT:-900}            # seconds to wait for the least number of machines
 LAST_CALL=${LAST_CALL:-30}                   # seconds to wait for more machines than that
+NETWORK_TIMEOUT=${NETWORK_TIMEOUT:-900}      # seconds to wait for the network when RDZV_HOST cannot be reached
 GRACE=${GRACE:-30}                           # seconds from a signal to SIGKILL (PyTorch before 2.12: always 30)
+RDZV_CONF=${RDZV_CONF:-}                     # more of torchrun's --rdzv-conf, such as keep_alive_interval=2
+LOCAL_ADDR=${LOCAL_ADDR:-}                   # this machine's address for the others; empty: found by its way to RDZV_HOST
 # export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -22,11 +25,27 @@ PROCESSES=${PROCESSES:-$(python -c 'import torch; print(torch.cuda.device_count(
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + PROCESSES - 1) / PROCESSES))}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$GRACE
 
+# torchrun would go by this machine's own name, which may have another address, or none, and then nobody is the host.
+route=$(python - "$RDZV_HOST" <<'EOF'
+import socket, sys
+try:
+    family, kind, _, _, address = socket.getaddrinfo(sys.argv[1], 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing
+        print(probe.getsockname()[0], address[0])
+except OSError as error:
+    sys.exit(f"error: RDZV_HOST: {sys.argv[1]}: {error.strerror}; set it to a name or address that is reached from here")
+EOF
+) || exit 2
+[ "${route% *}" != "${route#* }" ] || RDZV_HOST=localhost  # this machine is the host
+[[ $route == 127.* || $route == ::1* ]] || LOCAL_ADDR=${LOCAL_ADDR:-${route% *}}
+
 config=${1:?usage: launch/multinode.sh CONFIG [KEY=VALUE ...]}
 shift
 # Not every number of machines divides the batch; with train.uneven any does, and the numbers are the same.
 [[ $NODES != *:* ]] || set -- train.uneven=true "$@"
-exec torchrun --nnodes="$NODES" --nproc-per-node="$PROCESSES" --max-restarts="$MAX_RESTARTS" \
+exec python launch/agent.py "$NETWORK_TIMEOUT" --nnodes="$NODES" --nproc-per-node="$PROCESSES" \
+  --max-restarts="$MAX_RESTARTS" ${LOCAL_ADDR:+"--local-addr=$LOCAL_ADDR"} \
   --rdzv-backend=c10d --rdzv-endpoint="$RDZV_HOST:$RDZV_PORT" --rdzv-id="$RDZV_ID" \
-  --rdzv-conf="join_timeout=$JOIN_TIMEOUT,last_call_timeout=$LAST_CALL" \
+  --rdzv-conf="join_timeout=$JOIN_TIMEOUT,last_call_timeout=$LAST_CALL${RDZV_CONF:+,$RDZV_CONF}" \
   --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 train_ddp.py --config "$config" "$@"
