@@ -20,8 +20,9 @@ from fcn.distributed import World
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).parent
-WAITING = ("torch/distributed/", "torch/autograd/", str(PACKAGE / "distributed.py"))
-"""Where a rank that waits for others stands: in a collective, or in a backward pass that exchanges gradients."""
+WAITING = ("torch/distributed/", "torch/autograd/", str(PACKAGE / "distributed.py"), str(PACKAGE / "heartbeat.py"))
+"""Where a rank that waits for others stands: in a collective, in a backward pass that exchanges gradients, or already
+asking who is to blame."""
 
 
 PATIENCE_S = 5.0
@@ -108,7 +109,7 @@ class Heartbeat:
             return "; ".join(_describe(rank, after[rank], "gives no sign of life") for rank in silent)
         if busy:
             return "; ".join(_describe(rank, after[rank], "did not come") for rank in busy)
-        return "every rank is alive and waits for the others: the network between them may be cut"
+        return "every rank is alive and waits for the others: the network may be cut, or train.timeout is too short"
 
     def _sign(self, rank: int) -> Sign | None:
         text = self._board.get(f"sign/{rank}")
