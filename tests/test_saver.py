@@ -22,6 +22,7 @@ import torch
 from fcn.checkpoint import BackgroundSaver, find_newest, list_checkpoints, load_checkpoint, verify
 from fcn.tracking import Console, JsonLines, rewind_metrics, write_atomically
 
+ROOT = Path(__file__).parents[1]
 PAGE = 4096
 FLOATS = 40_000
 """Of a state, 156 KiB: some fit on a small disk, and a write can fail in the middle of one."""
@@ -548,11 +549,14 @@ if sys.argv[2] == "later":
     console.line("after")
 sys.exit(74)
 """
+    # Unbuffered, there is nothing left at the end that could fail.
+    environ = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     for when in ("never", "later"):
         filler, output = fill(disk), disk / when
+        command = [sys.executable, "-c", script, filler, when]
         with output.open("w") as file:
             done = subprocess.run(
-                [sys.executable, "-c", script, filler, when], stdout=file, stderr=subprocess.PIPE, text=True, timeout=60
+                command, cwd=ROOT, env=environ, stdout=file, stderr=subprocess.PIPE, text=True, timeout=60
             )
         assert (done.returncode, done.stderr) == (74, "")
         assert (output.read_text()[-6:] == "after\n") == (when == "later")
