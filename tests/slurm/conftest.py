@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -64,6 +64,13 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             daemons.enter_context(start_node(environ, name))
         _wait_for(lambda: _idle_nodes(environ) == 2, folder)
         yield environ
+
+
+@pytest.fixture(scope="session")
+def revive(slurm: dict[str, str]) -> Iterator[Callable[[str], None]]:
+    """`revive(node)` starts the daemon of a node that a test has killed, until the end of all tests."""
+    with contextlib.ExitStack() as daemons:
+        yield lambda node: daemons.enter_context(start_node(slurm, node))
 
 
 @contextlib.contextmanager
