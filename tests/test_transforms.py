@@ -2,14 +2,16 @@
 
 import math
 import random
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 from torchvision.transforms import functional, v2
 
-from fcn.data.transforms import EvalTransform, TrainTransform, to_input
+from fcn.data.transforms import EvalTransform, TrainTransform, resize_factors, source_span, to_input
 from fcn.seeding import generator
 
 SCALES = [0.4, 0.75, 1.0, 1.37, 2.0]
@@ -44,25 +46,66 @@ def test_result_does_not_depend_on_the_order_of_the_samples():
         assert np.array_equal(forward[index][1], shuffled[index][1])
 
 
+@pytest.mark.parametrize("crop", [(24, 20), (200, 16), None])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("seed", range(6))
-def test_crop_before_resize_equals_crop_of_the_resized_image(scale, seed):
-    height, width, crop = 83, 71, (24, 20)
+def test_crop_before_resize_equals_crop_of_the_resized_image(scale, seed, crop):
+    """Of one resized by PyTorch to the bit, of one resized in float64 to one grey level; the nearest labels."""
+    height, width = 83, 71
     image, labels = picture(height, width), grey(height, width, range(20))
     transform = TrainTransform(crop, (scale, scale), 0.5)
     plan = transform.plan((height, width), generator(seed, "test"))
     result, classes = transform(image, labels, generator(seed, "test"))
 
-    full_height, full_width = round(height * scale), round(width * scale)
-    left, top = round(plan.box[0] * full_width / width), round(plan.box[1] * full_height / height)
-    window = np.s_[top : top + crop[0], left : left + crop[1]]
-    expected = np.asarray(image.resize((full_width, full_height), Image.Resampling.BILINEAR))[window]
-    expected_classes = np.asarray(labels.resize((full_width, full_height), Image.Resampling.NEAREST))[window]
+    full_height, full_width = int(height / plan.step), int(width / plan.step)
+    window = np.s_[plan.top : plan.top + plan.height, plan.left : plan.left + plan.width]
+
+    def whole(pixels):
+        source = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        factor = float(1 / plan.step) + 1e-12
+        resized = interpolate(source, scale_factor=factor, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+        assert resized.shape == (full_height, full_width, 3)
+        return resized[window]
+
+    expected, exact = whole(np.array(image)), whole(np.array(image, np.float64))
+    rows, columns = (
+        [math.floor((i + Fraction(1, 2)) * plan.step) for i in range(full)] for full in (full_height, full_width)
+    )
+    expected_classes = np.asarray(labels)[rows][:, columns][window]
     if plan.flip:
-        expected, expected_classes = expected[:, ::-1], expected_classes[:, ::-1]
-    assert result.shape == (*crop, 3)
-    assert np.abs(result.astype(int) - expected).max() <= 1
+        expected, exact, expected_classes = expected[:, ::-1], exact[:, ::-1], expected_classes[:, ::-1]
+    assert result.shape == (plan.height, plan.width, 3)
+    assert (plan.height, plan.width) == tuple(map(min, (full_height, full_width), crop or (999, 999)))
+    assert np.array_equal(result, expected)
+    assert np.abs(result - exact).max() <= 1 + 1e-6
     assert np.array_equal(classes, expected_classes)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "factors"),
+    [
+        (0.5, 2.0, [m / 32 for m in range(16, 65)]),
+        (0.75, 0.75, [0.75]),
+        (0.4, 0.4, [0.4]),
+        (1.01, 1.02, [1.0]),
+        (1.37, 1.37, [37 / 27]),
+    ],
+)
+def test_a_random_resize_draws_from_fractions_in_its_range(low, high, factors):
+    assert [float(factor) for factor in resize_factors(low, high)] == factors
+
+
+def test_only_pixels_near_the_crop_are_resized():
+    """A resize of the whole would mean up to 1000 x 1000 pixels; beside the crop, up to 70 a side are computed."""
+    rng = random.Random(0)
+    transform = TrainTransform((480, 480), (0.5, 2.0), 0.5)
+    for _ in range(300):
+        plan = transform.plan((500, 500), rng)
+        for start, length in ((plan.top, plan.height), (plan.left, plan.width)):
+            first, end, before = source_span(start, length, 500, plan.step)
+            assert 0 <= first < end <= 500
+            assert before <= 66
+            assert (end - first) / plan.step <= length + 72
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -124,7 +167,7 @@ def test_colours_change_pixels_and_never_labels():
 
 
 def test_geometry_does_not_depend_on_the_colours():
-    image, labels = coordinates(40, 50), grey(40, 50, range(7))
+    image, labels = picture(40, 50), grey(40, 50, range(7))
     for seed in range(20):
         plain, jittered = (
             TrainTransform((16, 16), (0.5, 2.0), 0.5, colours)(image, labels, random.Random(seed))[1]
@@ -175,7 +218,7 @@ def test_scale_stays_in_its_range_and_keeps_the_shape_of_the_image():
     assert all(50 <= plan.height <= 200 and abs(plan.width - 2 * plan.height) <= 1 for plan in plans)
     assert min(plan.height for plan in plans) < 55
     assert max(plan.height for plan in plans) > 195
-    assert all(plan.box == pytest.approx((0, 0, 200, 100), abs=1e-9) for plan in plans)
+    assert all((plan.top, plan.left) == (0, 0) for plan in plans)
 
 
 @pytest.mark.parametrize(
@@ -197,14 +240,17 @@ def test_image_smaller_than_the_crop_stays(size, crop, expected):
 
 @pytest.mark.parametrize("crop", [(5, 5), (64, 64), None])
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (7, 3), (375, 500), (333, 499)])
-def test_box_never_leaves_the_source(size, crop):
+def test_a_crop_never_leaves_the_resized_image(size, crop):
     transform = TrainTransform(crop, (0.01, 3.0), 0.5)
     for i in range(200):
         plan = transform.plan(size, generator(0, "test", i))
-        left, top, right, bottom = plan.box
-        assert 0 <= left < right <= size[1]
-        assert 0 <= top < bottom <= size[0]
-        assert min(plan.height, plan.width) >= 1
+        for start, length, side in ((plan.top, plan.height, size[0]), (plan.left, plan.width, size[1])):
+            assert length >= 1
+            assert 0 <= start <= max(1, side / plan.step) - length
+    for i in range(20):
+        pixels, classes = transform(picture(*size), grey(*size, [0, 1]), generator(0, "test", i))
+        plan = transform.plan(size, generator(0, "test", i))
+        assert (pixels.shape, classes.shape) == ((plan.height, plan.width, 3), (plan.height, plan.width))
 
 
 class Largest(random.Random):
@@ -214,7 +260,7 @@ class Largest(random.Random):
 
 @pytest.mark.parametrize("size", [(37, 53), (375, 500), (333, 499)])
 @pytest.mark.parametrize("scale", [0.51, 0.77, 1.3, 1.9])
-def test_last_crop_position_is_one_that_pillow_accepts(size, scale):
+def test_the_last_crop_position_is_inside(size, scale):
     transform = TrainTransform((16, 16), (scale, scale), 0.5)
     result, classes = transform(picture(*size), grey(*size, [0, 1]), Largest())
     assert (result.shape, classes.shape) == ((16, 16, 3), (16, 16))
