@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from torchvision.transforms import functional, v2
 
-from fcn.data.transforms import EvalTransform, TrainTransform, resize_factors, source_span, to_input
+from fcn.data.transforms import EvalTransform, TrainTransform, resize_factors, resize_windows, source_span, to_input
 from fcn.seeding import generator
 
 SCALES = [0.4, 0.75, 1.0, 1.37, 2.0]
@@ -279,6 +279,49 @@ def test_image_and_labels_stay_aligned(scale, seed):
     flat = (near == classes[2:-2, 2:-2, None, None]).all(axis=(2, 3))
     assert flat.mean() > 0.3
     assert np.array_equal(pixels[2:-2, 2:-2][flat], np.repeat(classes[2:-2, 2:-2][flat][:, None] * 20, 3, axis=1))
+
+
+# --- the resize on the device ---------------------------------------------------------------------------------------
+
+SIZES = [(83, 71), (40, 90), (9, 200), (64, 64), (1, 5)]
+
+
+def windows_of(transform, sizes):
+    """(windows (N, H, W, 3), grids, what the resize on the CPU gives) of one image of each size."""
+    sources = [(picture(*size, i), grey(*size, [0])) for i, size in enumerate(sizes)]
+    samples = [transform.window(*source, generator(i, "test")) for i, source in enumerate(sources)]
+    expected = [transform(*source, generator(i, "test"))[0] for i, source in enumerate(sources)]
+    # Beside the windows stands garbage.
+    stacked = np.random.default_rng(9).integers(0, 256, (len(sizes), 99, 222, 3), np.uint8)
+    for row, (pixels, _, _) in zip(stacked, samples, strict=True):
+        row[: pixels.shape[0], : pixels.shape[1]] = pixels
+    return torch.from_numpy(stacked), torch.from_numpy(np.stack([grid for *_, grid in samples])), expected
+
+
+@pytest.mark.parametrize("hflip", [0.0, 1.0])
+@pytest.mark.parametrize("scale", [None, (0.5, 2.0), (0.3, 0.3), (0.75, 0.75), (1.5, 1.5), (2.0, 2.0)])
+def test_a_batch_resized_on_the_device_is_the_loaders_to_one_grey_level(scale, hflip):
+    windows, grids, expected = windows_of(TrainTransform((48, 56), scale, hflip), SIZES)
+    found = resize_windows(windows, grids, (48, 56))
+    assert (found.dtype, found.shape) == (torch.uint8, (len(SIZES), 48, 56, 3))
+    for image, wanted in zip(found.numpy(), expected, strict=True):
+        height, width = wanted.shape[:2]
+        assert np.abs(image[:height, :width].astype(int) - wanted).max() <= (1 if scale else 0)
+        assert not image[height:].any()
+        assert not image[:, width:].any()
+
+
+def test_an_image_resized_on_the_device_does_not_depend_on_its_batch():
+    """To the bit: in another order, alone, with other padding, and summed in another order."""
+    windows, grids, _ = windows_of(TrainTransform((48, 56), (0.5, 2.0), 0.5), SIZES)
+    together = resize_windows(windows, grids, (48, 56))
+    order = [3, 1, 4, 0, 2]
+    assert torch.equal(resize_windows(windows[order], grids[order], (48, 56)), together[order])
+    wide = torch.nn.functional.pad(windows, (0, 0, 0, 70, 0, 31))
+    for i in range(len(SIZES)):
+        assert torch.equal(resize_windows(wide[i : i + 1], grids[i : i + 1], (48, 56))[0], together[i])
+    none = torch.zeros(0, 9, 9, 3, dtype=torch.uint8)
+    assert resize_windows(none, torch.zeros(0, 2, 5, dtype=torch.float64), (48, 56)).shape == (0, 48, 56, 3)
 
 
 # --- evaluation presets ---------------------------------------------------------------------------------------------

@@ -72,14 +72,37 @@ class TrainTransform:
         left = int(rng.random() * (full_width - width + 1))
         return Plan(height, width, top, left, 1 / factor, rng.random() < self.hflip)
 
-    def __call__(self, image: Image.Image, labels: Image.Image, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+    def window(
+        self, image: Image.Image | np.ndarray, labels: Image.Image | np.ndarray, rng: random.Random
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same sample, but for the resize of its image, which `resize_windows` does for a batch on the device.
+
+        Returns:
+            the pixels that the resize needs (H, W, 3) uint8, labels (h, w) uint8, and where they go: (2, 5) float64, of
+            rows and of columns (begin, step, pixels of the source, pixels of the result, 1 if they are flipped), where
+            pixel i of the result is centred `begin` + (i + 1/2) · `step` into the source.
+        """
+        pixels = np.asarray(image)
+        plan = self.plan(pixels.shape[:2], rng)
+        spans, grid = [], []
+        for axis, (start, length) in enumerate(((plan.top, plan.height), (plan.left, plan.width))):
+            first, end, _ = source_span(start, length, pixels.shape[axis], plan.step)
+            spans.append(slice(first, end))
+            begin, flipped = start * plan.step - first, axis == 1 and plan.flip
+            grid.append([float(begin), float(plan.step), end - first, length, flipped])
+        return pixels[tuple(spans)], resize_labels(np.asarray(labels), plan), np.array(grid, np.float64)
+
+    def __call__(
+        self, image: Image.Image | np.ndarray, labels: Image.Image | np.ndarray, rng: random.Random
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Returns image (h, w, 3) uint8 and labels (h, w) uint8."""
-        plan = self.plan((image.height, image.width), rng)
-        pixels = resize(np.asarray(image), plan)
+        pixels = np.asarray(image)
+        plan = self.plan(pixels.shape[:2], rng)
+        pixels = resize(pixels, plan)
         if self.jitter:
             pixels = np.asarray(self._recolour(Image.fromarray(pixels), rng))
         if plan.flip:  # PyTorch's flip is ten times as fast as a copy of numpy's
-            pixels = torch.from_numpy(np.require(pixels, requirements="W")).flip(1).numpy()
+            pixels = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).flip(1).numpy()
         return pixels, resize_labels(np.asarray(labels), plan)
 
     def _recolour(self, image: Image.Image, rng: random.Random) -> Image.Image:
@@ -122,7 +145,7 @@ def resize(pixels: np.ndarray, plan: Plan) -> np.ndarray:
         return pixels[plan.top : plan.top + plan.height, plan.left : plan.left + plan.width]
     top, bottom, above = source_span(plan.top, plan.height, pixels.shape[0], plan.step)
     left, right, before = source_span(plan.left, plan.width, pixels.shape[1], plan.step)
-    window = torch.from_numpy(np.ascontiguousarray(pixels[top:bottom, left:right])).permute(2, 0, 1)[None]
+    window = torch.from_numpy(pixels[top:bottom, left:right].copy()).permute(2, 0, 1)[None]
     # The size of the result is rounded down: not to lose its last pixel, the factor is a hair larger.
     factor = float(1 / plan.step) * (1 + 1e-12)
     resized = nn.functional.interpolate(window, scale_factor=factor, mode="bilinear", antialias=True)
@@ -154,6 +177,49 @@ def label_places(plan: Plan, size: tuple[int, int]) -> tuple[np.ndarray, np.ndar
     rows = np.minimum((2 * np.arange(plan.top, plan.top + plan.height) + 1) * up // down, size[0] - 1)
     columns = np.minimum((2 * np.arange(plan.left, plan.left + plan.width) + 1) * up // down, size[1] - 1)
     return rows, columns[::-1] if plan.flip else columns
+
+
+WEIGHT_BITS = 14
+"""Weights of the resize on the device are whole multiples of 2^-14. Then every sum of weighted pixels is a whole number
+below 2^22, which float32 holds: a result does not depend on the order of the sum, on the batch around it or on the
+device."""
+
+
+def resize_windows(windows: torch.Tensor, grids: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize, flip and pad a batch on its device, each image by its own factor: an antialiased bilinear filter.
+
+    Equal to `resize` to one grey level; columns first, then rows, rounded to 8 bits after each.
+
+    Args:
+        windows: (N, H, W, 3) uint8, each image at the top left; what stands beside it does not matter.
+        grids: (N, 2, 5) float64, see `TrainTransform.window`.
+        size: height and width of the result.
+
+    Returns:
+        (N, height, width, 3) uint8, 0 beside each image.
+    """
+    planes = windows.permute(0, 3, 1, 2).float()
+    rows, columns = (_weights(grids[:, side], size[side], windows.shape[1 + side])[:, None].float() for side in (0, 1))
+    planes = _round_off(planes @ columns.transpose(2, 3))
+    return _round_off(rows @ planes).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _weights(sides: torch.Tensor, length: int, size: int) -> torch.Tensor:
+    """(N, length, size) float64: weight, times 2^14, of each pixel of the source in each of the result."""
+    begin, step, pixels, results, flipped = (column[:, None] for column in sides.unbind(1))
+    places = torch.arange(length, device=sides.device, dtype=torch.float64)[None]
+    inside = places < results
+    places = torch.where(flipped > 0, results - 1 - places, places)
+    centres = begin + (places + 0.5) * step
+    source = torch.arange(size, device=sides.device, dtype=torch.float64)
+    reach = step.clamp(min=1)[..., None]
+    weights = (1 - (source + 0.5 - centres[..., None]).abs() / reach).clamp(min=0)
+    weights = weights * (source < pixels[..., None]) * inside[..., None]
+    return (weights / weights.sum(2, keepdim=True).clamp(min=1e-9) * (1 << WEIGHT_BITS)).round()
+
+
+def _round_off(sums: torch.Tensor) -> torch.Tensor:
+    return ((sums + (1 << (WEIGHT_BITS - 1))) / (1 << WEIGHT_BITS)).floor().clamp(max=255)
 
 
 class EvalTransform:
