@@ -1,14 +1,16 @@
-"""The networks side by side: parameters, multiply-adds, images per second; and LinkNet against U-Net on CamVid.
+"""The networks side by side: parameters, multiply-adds, images per second, memory; and LinkNet against U-Net on CamVid.
 
     python -m benchmarks.models                                   every network, at 512x512
+    python -m benchmarks.models --precision fp32 bf16 fp16        in every precision
     python -m benchmarks.models --camvid data/camvid              LinkNet and U-Net trained for equal steps
+    python -m benchmarks.models --models linknet --size 128 128 --rounds 1 --dry-run      tries it out
 
-Prints Markdown. Timings are medians over rounds in which every network has its turn, with the lowest and the highest.
+Timings are medians over rounds in which every network has its turn, with the lowest and the highest. Memory is the
+most that PyTorch had allocated on the GPU during a training step, weights, gradients and momentum included.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -21,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import CHECKOUT, hardware, seconds, spread
+from benchmarks.common import CHECKOUT, command, parser, publish, seconds, spread, table
 from fcn.config import Loss, Optim
 from fcn.data.loaders import Batch, Step, Totals, count_labels
 from fcn.engine import train_step
@@ -43,42 +45,57 @@ VARIANTS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, nargs=2, default=[512, 512], metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--batch", type=int, default=None, help="images of a pass; default: 1 on a CPU, 16 on a GPU")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--precision", choices=DTYPES, default=None, help="default: fp32 on a CPU, bf16 on a GPU")
-    parser.add_argument("--camvid", metavar="ROOT", help="train LinkNet and U-Net there instead")
-    parser.add_argument("--steps", type=int, default=150, help="of each training with --camvid")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config keys for --camvid")
-    args = parser.parse_args()
     cuda = torch.cuda.is_available()
+    parse = parser(__doc__, 3)
+    parse.add_argument("--size", type=int, nargs=2, default=[512, 512], metavar=("HEIGHT", "WIDTH"))
+    parse.add_argument("--batch", type=int, default=16 if cuda else 1, help="images of a pass; default: %(default)s")
+    parse.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help="default: all"
+    )
+    precisions = ["fp32", "bf16", "fp16"] if cuda else ["fp32"]
+    parse.add_argument(
+        "--precision",
+        nargs="+",
+        choices=DTYPES,
+        default=precisions,
+        metavar="PRECISION",
+        help=f"{', '.join(DTYPES)}; default: {' '.join(precisions)}",
+    )
+    parse.add_argument("--camvid", metavar="ROOT", help="train LinkNet and U-Net there instead")
+    parse.add_argument("--steps", type=int, default=150, help="of each training with --camvid")
+    parse.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config keys for --camvid")
+    args = parse.parse_intermixed_args()
     if args.camvid:
-        compare_on_camvid(args.camvid, args.steps, args.overrides)
-    else:
-        device = torch.device("cuda" if cuda else "cpu")
-        numerics = Numerics(args.precision or ("bf16" if cuda else "fp32"), True, device)
-        reviewers_table(tuple(args.size), args.batch or (16 if cuda else 1), args.rounds, numerics)
+        text = compare_on_camvid(args.camvid, args.steps, args.overrides)
+        publish("LinkNet and U-Net on CamVid", command(), text, args.dry_run)
+        return
+    device = torch.device("cuda" if cuda else "cpu")
+    torch.backends.cudnn.benchmark = True
+    variants = [variant for variant in VARIANTS if variant[0] in args.models]
+    height, width = size = tuple(args.size)
+    text = f"{height}x{width}, batch {args.batch}, {CLASSES} classes, {args.rounds} rounds, median (lowest–highest)."
+    for precision in args.precision:
+        numerics = Numerics(precision, True, device)
+        text += f"\n\n{precision}:\n\n{reviewers_table(variants, size, args.batch, args.rounds, numerics)}"
+    publish("every network", command(), text, args.dry_run)
 
 
-def reviewers_table(size: tuple[int, int], batch: int, rounds: int, numerics: Numerics) -> None:
-    """Every network, with `CLASSES` classes."""
-    times: dict[int, tuple[list[float], list[float]]] = {}
-    for _ in range(rounds):
-        for number, (name, options) in enumerate(VARIANTS):
-            inference, training = measure(name, options, size, batch, numerics)
-            found = times.setdefault(number, ([], []))
-            found[0].append(batch / inference)
-            found[1].append(batch / training)
-    height, width = size
-    print(f"{hardware()}, {numerics.precision}, {height}x{width}, batch {batch}, {CLASSES} classes, {rounds} rounds\n")
-    print(f"| model | parameters | multiply-adds at {height}×{width} | inference, images/s | training, images/s |")
-    print("|---|---|---|---|---|")
-    for number, (name, options) in enumerate(VARIANTS):
+def reviewers_table(
+    variants: list[tuple[str, dict]], size: tuple[int, int], batch: int, rounds: int, numerics: Numerics
+) -> str:
+    """Every network, with `CLASSES` classes; memory on a GPU alone."""
+    found = [[measure(*variant, size, batch, numerics) for variant in variants] for _ in range(rounds)]
+    head = ["model", "parameters", f"multiply-adds at {size[0]}×{size[1]}", "inference, images/s", "training, images/s"]
+    rows = []
+    for number, (name, options) in enumerate(variants):
         label = " ".join([f"`{name}`", *(f"{key}={value}" for key, value in options.items())])
         parameters, products = cost(name, options, size)
-        columns = [f"{parameters / 1e6:.1f} M", f"{products / 1e9:.1f} G", *map(spread, times[number])]
-        print(f"| {label} | {' | '.join(columns)} |")
+        inference, step, memory = zip(*(results[number] for results in found), strict=True)
+        pace = [spread([batch / seconds for seconds in times]) for times in (inference, step)]
+        rows.append([label, f"{parameters / 1e6:.1f} M", f"{products / 1e9:.1f} G", *pace])
+        if numerics.device.type == "cuda":
+            rows[-1].append(f"{max(memory) / 2**30:.1f}")
+    return table(head + (["memory in training, GiB"] if numerics.device.type == "cuda" else []), rows)
 
 
 def cost(name: str, options: dict, size: tuple[int, int]) -> tuple[int, int]:
@@ -89,14 +106,21 @@ def cost(name: str, options: dict, size: tuple[int, int]) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
-def measure(name: str, options: dict, size: tuple[int, int], batch: int, numerics: Numerics) -> tuple[float, float]:
-    """Seconds of one forward pass in evaluation and of one training step, on a batch that is already in place."""
+def measure(
+    name: str, options: dict, size: tuple[int, int], batch: int, numerics: Numerics
+) -> tuple[float, float, float]:
+    """Seconds of one forward pass in evaluation and of one training step, on a batch in place; bytes on a GPU."""
+    on_gpu = numerics.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     model, _, train, images = training(name, options, size, batch, numerics)
     step = seconds(train, numerics.device)
+    memory = torch.cuda.max_memory_allocated() if on_gpu else 0
     model.eval()
     with torch.inference_mode():
         inference = seconds(lambda: infer(model, images, size, numerics), numerics.device)
-    return inference, step
+    return inference, step, memory
 
 
 def training(
@@ -122,33 +146,37 @@ def training(
     return model, optimizer, train, images
 
 
-def compare_on_camvid(root: str, steps: int, overrides: list[str]) -> None:
+def compare_on_camvid(root: str, steps: int, overrides: list[str]) -> str:
     """Train both for `steps` steps with `train_ddp.py` under torchrun, on all GPUs or two CPU processes."""
     processes = torch.cuda.device_count() or 2
-    rows = {}
+    found = {}
     for name in ("linknet", "unet"):
         with tempfile.TemporaryDirectory() as folder:
-            command = [
+            launch = [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
                 *("train_ddp.py", "--config", f"configs/{name}_camvid.yaml", f"data.root={Path(root).resolve()}"),
                 *(f"run_dir={folder}/run", "train.epochs=null", f"train.steps={steps}", f"eval.every={steps}"),
                 *("wandb.mode=disabled", "train.log_every=5", *overrides),
             ]
-            subprocess.run(command, check=True, cwd=CHECKOUT, stdout=sys.stderr)
+            subprocess.run(launch, check=True, cwd=CHECKOUT, stdout=sys.stderr)
             records = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
         config = f"{name}_camvid"
-        rows[config] = (
+        found[config] = (
             cost(name, {}, (360, 480)),
             [record["images_per_s"] for record in records if record["event"] == "train"][1:],
             next(record["miou"] for record in reversed(records) if record["event"] == "eval"),
         )
-    print(f"{hardware()}, {processes} processes, {steps} steps, {' '.join(overrides)}\n")
-    print("| config | parameters | multiply-adds at 360×480 | training, images/s | mIoU on CamVid test |")
-    print("|---|---|---|---|---|")
-    for config, ((parameters, products), pace, miou) in rows.items():
-        print(f"| {config} | {parameters / 1e6:.1f} M | {products / 1e9:.1f} G | {spread(pace)} | {miou:.4f} |")
-    (small, fast), (large, slow) = ((row[0][0], statistics.median(row[1])) for row in rows.values())
-    print(f"\nLinkNet has {small / large:.0%} of U-Net's parameters, and its step is {fast / slow:.1f} times as fast.")
+    rows = [
+        [config, f"{parameters / 1e6:.1f} M", f"{products / 1e9:.1f} G", spread(pace), f"{miou:.4f}"]
+        for config, ((parameters, products), pace, miou) in found.items()
+    ]
+    head = ["config", "parameters", "multiply-adds at 360×480", "training, images/s", "mIoU on CamVid test"]
+    (small, fast), (large, slow) = ((row[0][0], statistics.median(row[1])) for row in found.values())
+    text = f"{processes} processes, {steps} steps {' '.join(overrides)}\n\n{table(head, rows)}\n\n"
+    return (
+        text
+        + f"LinkNet has {small / large:.0%} of U-Net's parameters, and its step is {fast / slow:.1f} times as fast."
+    )
 
 
 if __name__ == "__main__":
