@@ -18,6 +18,7 @@ import torch
 
 from fcn import checkpoint, cli, distributed, tracking
 from fcn.config import Config, load_config, save_config, to_dict
+from fcn.data.cache import CachedDataset, with_cache
 from fcn.data.datasets import SegmentationDataset, build_dataset
 from fcn.distributed import World
 from fcn.engine import fit
@@ -42,13 +43,17 @@ def main(argv: list[str], world: World) -> int:
     run, notes = build_run(config, world, splits)
     console = distributed.together(lambda: open_console(run))
     start_or_resume(run, console)
+    cached = run.train_split if isinstance(run.train_split, CachedDataset) else None
     if distributed.gather(is_finished(run))[0]:
         console.line(
             f"{run.folder}: this run is finished ({run.steps} steps); its scores are in {run.folder / 'summary.json'}"
         )
+        if cached:
+            cached.finished()
         return 0
     trackers = distributed.together(lambda: open_trackers(run, console))
     describe(run, console)
+    describe_cache(run, console)
     for note in notes:
         console.line(f"note: {config.model.name}: {note}")
     summary = fit(run, console, trackers, stop)
@@ -60,6 +65,8 @@ def main(argv: list[str], world: World) -> int:
     if summary["status"] == "preempted":
         console.line(f"stopped by a signal at step {run.step}/{run.steps} after saving; the same command continues")
         return PREEMPTED
+    if cached:
+        cached.finished()
     score = f"mIoU {summary['miou']:.4f} on {summary['split']} ({summary['images']} images)"
     console.line(f"finished: {score}; pictures in {run.folder / 'pictures'}")
     return 0
@@ -68,7 +75,9 @@ def main(argv: list[str], world: World) -> int:
 def open_splits(config: Config) -> dict[str, SegmentationDataset]:
     """The data sets of the run by their split's name."""
     names = [config.data.train, config.data.val, config.data.test]
-    return {name: build_dataset(config.data, name, config.loss.ignore_index) for name in names if name}
+    splits = {name: build_dataset(config.data, name, config.loss.ignore_index) for name in names if name}
+    splits[config.data.train] = with_cache(splits[config.data.train], config)
+    return splits
 
 
 def open_console(run: Run) -> tracking.Console:
@@ -178,6 +187,14 @@ def describe(run: Run, console: tracking.Console) -> None:
     console.line(f"{config.model.name}, {parameters:,} parameters, {config.train.precision}, on {on}")
     console.line(f"{config.data.name} from {config.data.root}: {sizes} images, {classes} classes")
     console.line(f"{batch}, {run.steps} steps, in {run.folder}")
+
+
+def describe_cache(run: Run, console: tracking.Console) -> None:
+    """Where the cache of this node is, and on which nodes there is something wrong with it."""
+    if isinstance(run.train_split, CachedDataset):
+        console.line(run.train_split.describe())
+        for problem in dict.fromkeys(filter(None, distributed.gather(run.train_split.problem))):
+            console.line(f"warning: {problem}")
 
 
 if __name__ == "__main__":

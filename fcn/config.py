@@ -95,6 +95,15 @@ class Data:
     a fraction of the circle. null leaves colours as they are."""
     workers: CountOrZero = 4
     """Data-loader processes per training process. 0 loads in the training process itself."""
+    cache: Literal["memory", "disk"] | None = None
+    """Where decoded training images are kept, 4 bytes a pixel, so that each is decoded once and not in every epoch. All
+    processes and runs of a node share them, and a data set that changed gets a new cache. memory is given back at the
+    end of the run; a run that was stopped or killed leaves it to its next start, and a later run removes it after a
+    day, or when it needs the room. disk stays until you delete it. A data set of your own needs an attribute
+    `fingerprint`, a text that changes whenever its samples do. null: nothing is kept."""
+    cache_dir: Text | None = None
+    """Folder of the caches, best on a disk of the node itself. null: .cache beside run_dir, which all runs there share
+    (disk), or /dev/shm (memory)."""
     on_error: Literal["stop", "skip"] = "stop"
     """What a broken training image or mask does: stop the run, or be replaced by another image and reported at the end
     of the epoch. Evaluation always stops: a score is of the whole split."""
@@ -493,7 +502,8 @@ def protocol(evaluation: Eval, crop: tuple[int, int] | None) -> str:
 
 
 MAY_CHANGE = (
-    "run_dir", "resume", "data.root", "data.val", "data.test", "data.workers", "data.on_error",
+    "run_dir", "resume", "data.root", "data.val", "data.test", "data.workers", "data.cache",
+    "data.cache_dir", "data.on_error",
     "train.uneven", "train.micro_batch", "train.steps", "train.epochs", "train.precision", "train.channels_last",
     "train.compile", "train.deterministic", "train.log_every", "train.max_nonfinite", "train.timeout",
     "eval", "checkpoint", "wandb",

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 ORDER = (
     "errors", "schema", "config", "distributed", "heartbeat", "cli", "preempt", "seeding", "user_code",
-    "data", "data.labels", "data.images", "data.masks", "data.layouts", "data.datasets",
+    "data", "data.labels", "data.images", "data.masks", "data.layouts", "data.datasets", "data.cache",
     "data.transforms", "data.samplers", "data.loaders", "data.inspection",
     "models.layers", "models.custom", "models.fcn_resnet", "models.fcn_vgg", "models.linknet", "models.unet", "models",
     "losses", "metrics", "optim", "guard", "checkpoint", "pretrained", "tracking", "pictures", "run", "inference",

@@ -87,6 +87,15 @@ class LoadedShare(NamedTuple):
     """What was wrong with each image that another one stands in for."""
 
 
+def read_arrays(dataset: SegmentationDataset, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image (H, W, 3) and labels (H, W) of a sample, without copying those of a data set that has them as arrays."""
+    own = getattr(dataset, "read_arrays", None)
+    if own:
+        return own(index)
+    image, labels = dataset.read(index)
+    return np.asarray(image), np.asarray(labels)
+
+
 class TrainShares(Dataset):
     """Loads a rank's share of a step: `shares[share]` is a LoadedShare, or the InputError that a file caused.
 
@@ -108,7 +117,7 @@ class TrainShares(Dataset):
             pairs, replaced = [], []
             for draw in share.mine:
                 try:
-                    pairs.append(self.transform(*self.dataset.read(draw.index), self._rng(draw)))
+                    pairs.append(self.transform(*read_arrays(self.dataset, draw.index), self._rng(draw)))
                 except InputError as error:
                     if not self.skip:
                         raise
@@ -153,7 +162,7 @@ class TrainShares(Dataset):
         transform = TrainTransform(size, self.transform.scale, self.transform.hflip, self.transform.jitter)
         for index in self._substitutes(draw):
             with contextlib.suppress(InputError):
-                return transform(*self.dataset.read(index), self._rng(draw))
+                return transform(*read_arrays(self.dataset, index), self._rng(draw))
         raise InputError(f"{fault}; and {MOST_STAND_INS} images that could replace it are broken, too")
 
     def _substitutes(self, draw: Draw) -> list[int]:
