@@ -22,12 +22,12 @@ import torch
 
 from fcn import distributed
 from fcn.config import Config, config_from_dict
-from fcn.data.datasets import build_dataset
 from fcn.distributed import World
 from fcn.engine import fit
 from fcn.preempt import StopFlag
 from fcn.run import build_run
 from fcn.tracking import Console, JsonLines, Record, Trackers
+from train_ddp import open_splits
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("RESULTS.md")
@@ -151,8 +151,7 @@ def settings(
 
 def harness(world: World, turn: Callable[[float], None], config: Config) -> None:
     """Train as `train_ddp.py` does; rank 0 calls `turn(seconds)` after every `train.log_every` steps."""
-    splits = {name: build_dataset(config.data, name) for name in (config.data.train, config.data.val)}
-    run, _ = build_run(config, world, splits)
+    run, _ = build_run(config, world, open_splits(config))
     run.folder.mkdir(parents=True, exist_ok=True)
     console, trackers = Console.silent(), Trackers(print)
     if world.rank == 0:

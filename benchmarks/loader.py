@@ -6,13 +6,13 @@
 Ours, torchvision's reference pipeline and decoding alone take turns in one process with one thread and no workers, on
 the same files, which the operating system has in memory after the first turn. Both pipelines resize by a random factor
 of the same range, flip and crop, and end with a collated batch: ours of uint8 with the labels counted, which the device
-normalises; the reference's of normalised float32.
+normalises (with data.resize=device, of the pixels that it still has to resize); the reference's of normalised float32.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
+import atexit
 import itertools
 import random
 import time
@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import InterpolationMode, RandomCrop, functional
 
-from benchmarks.common import command, parser, publish, ratios, spread, table, take_turns
+from benchmarks.common import command, parser, publish, ratios, settings, spread, table, take_turns
 from fcn.config import IMAGENET_MEAN, IMAGENET_STD, Data
 from fcn.data.datasets import build_dataset, list_split
 from fcn.data.loaders import TrainShares
@@ -92,10 +92,18 @@ def rivals(args: argparse.Namespace, pairs: Pairs) -> dict[str, Callable[[], obj
 
 def ours(args: argparse.Namespace, pairs: Pairs, keys: dict[str, str]) -> Callable[[], object]:
     """The harness's own loading, with other keys under `data:`."""
-    dataset = build_dataset(Data(name="voc", root=args.voc, **keys), args.split, pairs=pairs)
-    known = inspect.signature(TrainTransform).parameters
-    options = {key: value for key, value in keys.items() if key in known}
-    shares = TrainShares(dataset, TrainTransform(tuple(args.crop), tuple(args.scale), 0.5, **options), seed=0)
+    words = ["data.name=voc", f"data.root={args.voc}", f"data.train={args.split}", "data.options=null"]
+    config = settings(
+        "unused", "linknet", args.crop, args.batch, 1, [*words, *(f"data.{k}={v}" for k, v in keys.items())]
+    )
+    dataset = build_dataset(config.data, args.split, pairs=pairs)
+    if "cache" in keys:
+        from fcn.data.cache import with_cache
+
+        dataset = with_cache(dataset, config)
+        atexit.register(dataset.finished)
+    later = {"resize_later": True} if "resize" in keys else {}
+    shares = TrainShares(dataset, TrainTransform(tuple(args.crop), tuple(args.scale), 0.5), seed=0, **later)
     sampler = GlobalBatchSampler(
         dataset, batch_size=args.batch, steps=10**9, start_step=0, seed=0, rank=0, world_size=1
     )

@@ -147,6 +147,8 @@ def whole_runs(args: argparse.Namespace, gpus: int) -> None:
             "data.hflip=0.5",
             "data.options=null",
         ]
+        if any(key.startswith("data.cache=") for key in args.overrides):
+            files.append(f"data.cache_dir={folder}/cache")  # jobs end by being killed, and leave it behind
         ours = f"harness, {args.precision}"
         jobs = {ours: Job(processes, threads, harness, config_of(args, folder, processes, files))}
         for amp in (False, True) if gpus else (False,):
