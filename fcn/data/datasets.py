@@ -74,11 +74,20 @@ class PairDataset:
         return self._sizes[index]
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
+        image, labels = self._decode(index)
+        return image, Image.fromarray(labels)
+
+    def read_arrays(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same as arrays, (H, W, 3) and (H, W) uint8, with fewer copies."""
+        image, labels = self._decode(index)
+        return np.asarray(image), labels
+
+    def _decode(self, index: int) -> tuple[Image.Image, np.ndarray]:
         image_path, mask_path = self.pairs[index]
         image = read_image(image_path)
         mask = decode(mask_path)
         check_sizes(image_path, image.size, mask_path, mask.size)
-        return image, Image.fromarray(self.format.decode(mask, mask_path))
+        return image, self.format.decode(mask, mask_path)
 
 
 def check_sizes(image_path: Path, image: tuple[int, int], mask_path: Path, mask: tuple[int, int]) -> None:

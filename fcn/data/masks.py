@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -61,8 +62,8 @@ class MaskFormat:
             places = np.where((numbers < 0) | (numbers > 65535), 65536, numbers) if wide else numbers
             if mask.mode == "1" and 1 not in dict(self.values):  # one bit where the other masks say 0 and 255
                 numbers = places = numbers * np.uint8(255)
-            labels = _value_table(self.values, self.other)[places]
-            if mask.mode == "P" and self._palette_disagrees(mask, numbers):
+            labels = _look_up(_value_table(self.values, self.other), places)
+            if mask.mode == "P" and self._palette_disagrees(mask):
                 return self._checked(_colour_table(self.colours, NO_CLASS)[_colours(mask)], numbers, source)
             return self._checked(labels, numbers, source)
         if numbers is not None or mask.mode == "F":
@@ -77,17 +78,16 @@ class MaskFormat:
             raise self._wrong_mode(mask, source)
         return self._checked(np.where(labels == NO_CLASS, np.uint8(self.other), labels), colours, source, True)
 
-    def _palette_disagrees(self, mask: Image.Image, numbers: np.ndarray) -> bool:
+    def _palette_disagrees(self, mask: Image.Image) -> bool:
         """Whether each colour in use is a class's, but not that of its index: a program has sorted the palette anew."""
-        if not self.colours:
+        palette = bytes(mask.getpalette("RGB") or [])
+        if not self.colours or not _may_disagree(palette, self.values, self.colours, self.other):
             return False
-        used = np.unique(numbers)
-        colours = np.array(mask.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
-        if used[-1] >= len(colours):
+        used = np.flatnonzero(mask.histogram())
+        meant, indexed = _meanings(palette, self.values, self.colours, self.other)
+        if used[-1] >= len(meant):
             return False
-        table = dict(self.colours)
-        meant = [table.get(tuple(colour)) for colour in colours[used].tolist()]
-        indexed = _value_table(self.values, self.other)[used].tolist()
+        meant, indexed = [meant[i] for i in used], [indexed[i] for i in used]
         return None not in meant and meant != indexed
 
     def ignoring(self, label: int, classes: int) -> MaskFormat:
@@ -141,6 +141,28 @@ def mapping(values: Mapping[int, int], colours: Mapping[RGB, int], other: int = 
     if values:
         values = {IGNORE_INDEX: IGNORE_INDEX, **values}
     return MaskFormat(tuple(values.items()), tuple(colours.items()), other=other)
+
+
+@functools.lru_cache(maxsize=4)
+def _meanings(
+    palette: bytes, values: tuple[tuple[int, int], ...], colours: tuple[tuple[RGB, int], ...], other: int
+) -> tuple[list[int | None], list[int]]:
+    """Of each entry of a palette: the label of its colour, None if it is no class's, and the label of its index."""
+    table, entries = dict(colours), np.frombuffer(palette, np.uint8).reshape(-1, 3).tolist()
+    return [table.get(tuple(colour)) for colour in entries], _value_table(values, other)[: len(entries)].tolist()
+
+
+@functools.lru_cache(maxsize=4)
+def _may_disagree(palette: bytes, *lists: Any) -> bool:
+    """Whether the labels of colours and indices can differ; the masks of a data set share one where not."""
+    return any(colour not in (None, index) for colour, index in zip(*_meanings(palette, *lists), strict=True))
+
+
+def _look_up(table: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """`table[places]`; of bytes by the function that is made for it, in half the time."""
+    if places.dtype != np.uint8:
+        return table[places]
+    return np.frombuffer(places.tobytes().translate(table[:256].tobytes()), np.uint8).reshape(places.shape)
 
 
 def _numbers(mask: Image.Image) -> np.ndarray | None:
