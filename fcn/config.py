@@ -86,13 +86,20 @@ class Data:
     """Split that is scored once, with the weights of the last step. Then the summary reports it instead of `val`."""
     crop: Size | None = None
     """Training crop in pixels. null trains on whole images, padded to the largest of the global batch."""
+    group: Count = 32
+    """Steps that exchange images where `crop` is null, so that images of similar shape share a batch and less of it is
+    padding. The order of the steps stays random, and an epoch has each image once. 1: none do."""
     scale: ScaleRange | None = None
-    """Range of the random resize factor before the crop. null leaves the size as it is."""
+    """Range of the random resize factor before the crop, which is drawn in steps of 1/32. null leaves the size as it
+    is."""
     hflip: UnitInterval = 0.5
     """Probability of a horizontal flip."""
     jitter: Jitter | None = None
     """Random colours: largest change of [brightness, contrast, saturation, hue], the first three as a fraction, hue as
     a fraction of the circle. null leaves colours as they are."""
+    resize: Literal["cpu", "device"] = "cpu"
+    """Where training images are resized: by the data loader, or as whole batches on the GPU, which takes work from a
+    loader that cannot keep up. Equal to one grey level."""
     workers: CountOrZero = 4
     """Data-loader processes per training process. 0 loads in the training process itself."""
     cache: Literal["memory", "disk"] | None = None
@@ -285,6 +292,11 @@ class Train:
     """Seconds that a process waits for another one before the run ends with a message that names the one that did not
     come. It must be longer than anything that rank 0 does alone, and than the longest evaluation of a process's share
     of the images exceeds the shortest."""
+    gradient_compression: Literal["bf16"] | None = None
+    """Send gradients between processes in this type, which halves the bytes. They are then rounded to 8 bits of
+    mantissa, and the numbers depend on the number of processes. null: as they are."""
+    profile: Count | None = None
+    """Write a trace of that many steps to run_dir/profile, from the sixth of this start on. null: none."""
     log_every: Count = 10
     """Steps between progress lines. Beside evaluation and saving, only these steps wait for the device."""
 
@@ -502,10 +514,11 @@ def protocol(evaluation: Eval, crop: tuple[int, int] | None) -> str:
 
 
 MAY_CHANGE = (
-    "run_dir", "resume", "data.root", "data.val", "data.test", "data.workers", "data.cache",
+    "run_dir", "resume", "data.root", "data.val", "data.test", "data.resize", "data.workers", "data.cache",
     "data.cache_dir", "data.on_error",
     "train.uneven", "train.micro_batch", "train.steps", "train.epochs", "train.precision", "train.channels_last",
     "train.compile", "train.deterministic", "train.log_every", "train.max_nonfinite", "train.timeout",
+    "train.gradient_compression", "train.profile",
     "eval", "checkpoint", "wandb",
 )  # fmt: skip
 """Keys that a resumed run may change: where things are, how they are computed, and the length of the run."""
@@ -613,6 +626,11 @@ def _data_checks(name: str, parsed: Mapping[str, Any], source: str) -> list[str]
             pixel_classes(names, values)
         except ValueError as error:
             found.append(f"{source}: data.values: {error}")
+    if parsed.get("data.resize") == "device" and parsed.get("data.jitter"):
+        found.append(
+            f"{source}: data.resize: found device, but data.jitter changes colours after the resize; accepted: cpu, or "
+            "data.jitter=null"
+        )
     if parsed.get("data.val_fraction") and parsed.get("data.train") == parsed.get("data.val"):
         found.append(
             f"{source}: data.val: found '{parsed['data.val']}', as in data.train; accepted: a name for each share"

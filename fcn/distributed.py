@@ -279,8 +279,10 @@ def raise_together(fault: str | None) -> None:
         )
 
 
-def data_parallel(model: nn.Module, world: World, sync_bn: bool) -> nn.Module:
+def data_parallel(model: nn.Module, world: World, sync_bn: bool, wire_type: torch.dtype | None = None) -> nn.Module:
     """The model under DistributedDataParallel, which adds the ranks' gradients; itself with one process.
+
+    Gradients travel as `wire_type`, and by default as they are.
 
     Adds, where the default averages: a loss multiplied by the world size to make up for that would leave the range of
     half precision at other places on other numbers of processes.
@@ -296,12 +298,15 @@ def data_parallel(model: nn.Module, world: World, sync_bn: bool) -> nn.Module:
     parallel = DistributedDataParallel(
         model, device_ids=devices, gradient_as_bucket_view=True, **{sync_buffers: not sync_bn}
     )
-    parallel.register_comm_hook(None, _sum_gradients)
+    parallel.register_comm_hook(wire_type, _sum_gradients)
     return parallel
 
 
-def _sum_gradients(_, bucket):  # without annotations: DistributedDataParallel refuses those that are texts
-    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+def _sum_gradients(wire_type, bucket):  # without annotations: DistributedDataParallel refuses those that are texts
+    gradient = bucket.buffer()
+    sent = gradient if wire_type is None else gradient.to(wire_type)
+    future = dist.all_reduce(sent, async_op=True).get_future()
+    return future.then(lambda done: done.value()[0] if wire_type is None else gradient.copy_(done.value()[0]))
 
 
 def copy_from_rank_0(tensors: Iterable[torch.Tensor]) -> None:

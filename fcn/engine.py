@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fcn import checkpoint, distributed, pictures, seeding
+from fcn import accounting, checkpoint, distributed, pictures, seeding
+from fcn.accounting import Pace
 from fcn.checkpoint import BackgroundSaver
 from fcn.config import Config, protocol
 from fcn.data.datasets import SegmentationDataset
@@ -32,8 +33,8 @@ from fcn.metrics import ConfusionMatrix
 from fcn.models.layers import SampleKeys, SyncBatchNorm2d
 from fcn.optim import learning_rate, set_learning_rate
 from fcn.preempt import StopFlag
-from fcn.run import Numerics, Run
-from fcn.tracking import Console, Pace, Record, Trackers, score_table, write_atomically
+from fcn.run import DTYPES, Numerics, Run
+from fcn.tracking import Console, Record, Trackers, score_table, write_atomically
 
 
 def train_step(
@@ -226,8 +227,10 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
     A signal during an evaluation leaves that one out; the resumed run begins with it.
     """
     saver = BackgroundSaver(run.checkpoints, run.config.checkpoint.keep, console.line)
+    trace = run.folder / "profile" / f"step_{run.step:08d}_rank_{run.world.rank}.json.gz"
     try:
-        scored = _train(run, saver, console, trackers, stop)
+        with accounting.profiler(run.config.train.profile, trace, console.line) as profiler:
+            scored = _train(run, saver, console, trackers, stop, profiler.step)
         final = _finish(run, scored, console, trackers, stop)
         return _summary(run, "finished", saver, console, trackers, final)
     except Stopped:
@@ -237,20 +240,28 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
         saver.wait()  # whatever ends the run, a save that was begun is completed
 
 
-def _train(run: Run, saver: BackgroundSaver, console: Console, trackers: Trackers, stop: StopFlag) -> nn.Module:
+def _train(
+    run: Run,
+    saver: BackgroundSaver,
+    console: Console,
+    trackers: Trackers,
+    stop: StopFlag,
+    after_step: Callable[[], None],
+) -> nn.Module:
     """The steps that are left, with their evaluations and saves; returns the network to be scored."""
     config, world, train = run.config, run.world, run.config.train
     network = torch.compile(run.model) if train.compile else run.model
     scored = network
     if run.average:
         scored = torch.compile(run.average.model) if train.compile else run.average.model
-    parallel = distributed.data_parallel(network, world, train.sync_bn)
+    wire_type = DTYPES.get(train.gradient_compression)
+    parallel = distributed.data_parallel(network, world, train.sync_bn, wire_type)
     parallel.train()
     if run.average and run.step == 0:  # not before all ranks have equal weights
         run.average.reset()
     settings = step_settings(run)
     loss = grad_norm = None
-    pace = Pace(train.batch_size, run.step, run.steps)
+    pace = _pace(run)
 
     def score_val() -> None:
         if run.note_score(score(run, scored, config.data.val, trackers, stop)):
@@ -271,13 +282,12 @@ def _train(run: Run, saver: BackgroundSaver, console: Console, trackers: Tracker
         if run.average:
             run.average.update(run.step)
         run.step += 1
+        after_step()
         pace.step(data.waited_s)
         last = run.step == run.steps
         run.replaced += data.replaced
         if run.replaced and (last or _ends_an_epoch(run)):
-            seen, size = run.step * train.batch_size, len(run.train_split)
-            epoch = seen // size if _ends_an_epoch(run) else math.ceil(seen / size)
-            trackers.log({"event": "replaced", "step": run.step, "epoch": epoch, "faults": list(run.replaced)})
+            trackers.log(_replaced_record(run))
             run.replaced = ()
         log_due, eval_due, save_due = (
             _is_due(run.step, every, run.steps)
@@ -286,18 +296,44 @@ def _train(run: Run, saver: BackgroundSaver, console: Console, trackers: Tracker
         if log_due or eval_due or save_due:
             skipped, streak = _check_steps(run)
         if log_due:
-            record = {"event": "train", "step": run.step, "steps": run.steps}
-            record |= {"epoch": run.step * train.batch_size / len(run.train_split)}
-            record |= {"loss": _or_none(distributed.all_reduce_sum(loss.clone())), "lr": lr}
-            trackers.log(record | {"grad_norm": _or_none(grad_norm), "skipped": skipped, **pace.read()})
+            trackers.log(_train_record(run, distributed.all_reduce_sum(loss.clone()), lr, grad_norm, skipped, pace))
         if eval_due:
             with pace.paused():
                 score_val()
         if save_due and (last or not streak):  # weights that give no finite loss may be no good to resume from
-            with pace.paused():
+            with pace.saving():
                 trackers.flush()  # records of steps before a checkpoint are not made again
                 run.save(saver)
     return scored
+
+
+def _train_record(run: Run, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor, skipped: int, pace: Pace) -> Record:
+    return {
+        "event": "train",
+        "step": run.step,
+        "steps": run.steps,
+        "epoch": run.step * run.config.train.batch_size / len(run.train_split),
+        "loss": _or_none(loss),
+        "lr": lr,
+        "grad_norm": _or_none(grad_norm),
+        "skipped": skipped,
+        **pace.read(),
+        "memory_gb": accounting.memory_gb(run.world.device),
+    }
+
+
+def _replaced_record(run: Run) -> Record:
+    """What was wrong with the broken images of an epoch that ends, or of the part of one at the end of the run."""
+    seen, size = run.step * run.config.train.batch_size, len(run.train_split)
+    epoch = seen // size if _ends_an_epoch(run) else math.ceil(seen / size)
+    return {"event": "replaced", "step": run.step, "epoch": epoch, "faults": list(run.replaced)}
+
+
+def _pace(run: Run) -> Pace:
+    train, world = run.config.train, run.world
+    flops = accounting.step_flops(run.model, run.config.data.crop, train.batch_size) if world.rank == 0 else None
+    peak = accounting.peak_flops(world.device, train.precision)
+    return Pace(train.batch_size, run.step, run.steps, flops, peak and peak * world.size)
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:
@@ -356,11 +392,15 @@ def _naming_nondeterminism(console: Console) -> Iterator[None]:
 
 
 def _training_data(run: Run, stop: StopFlag) -> Iterator[Step]:
-    config, world, dataset = run.config, run.world, run.train_split
-    transform = TrainTransform(config.data.crop, config.data.scale, config.data.hflip, config.data.jitter)
-    shares = TrainShares(dataset, transform, config.seed, skip=config.data.on_error == "skip")
-    loader = train_loader(shares, _sampler(run), config.data.workers, world.device)
-    return device_steps(loader, world.device, stop)
+    loader = train_loader(_shares(run), _sampler(run), run.config.data.workers, run.world.device)
+    return device_steps(loader, run.world.device, stop)
+
+
+def _shares(run: Run) -> TrainShares:
+    data = run.config.data
+    transform = TrainTransform(data.crop, data.scale, data.hflip, data.jitter)
+    skip, later = data.on_error == "skip", data.resize == "device"
+    return TrainShares(run.train_split, transform, run.config.seed, skip=skip, resize_later=later)
 
 
 def _sampler(run: Run) -> GlobalBatchSampler:
@@ -372,6 +412,8 @@ def _sampler(run: Run) -> GlobalBatchSampler:
         seed=run.config.seed,
         rank=run.world.rank,
         world_size=run.world.size,
+        window=run.config.data.group,
+        shape=None if run.config.data.crop else _shares(run).shape,
     )
 
 

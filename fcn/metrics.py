@@ -10,6 +10,15 @@ import torch
 from fcn import distributed
 
 
+def count_values(values: torch.Tensor, length: int) -> torch.Tensor:
+    """How often each of 0 to length - 1 occurs in `values` (N,) int64; (length,) int64. Nothing waits for a GPU."""
+    if not values.is_cuda:
+        return torch.bincount(values, minlength=length)
+    # bincount would ask the device for the largest value first. Whole numbers add up the same in any order.
+    ones = torch.ones((), dtype=torch.int64, device=values.device).expand_as(values)
+    return torch.zeros(length, dtype=torch.int64, device=values.device).scatter_add_(0, values, ones)
+
+
 class ConfusionMatrix:
     """Pixel counts: `counts[label, prediction]`, (C, C) int64.
 
@@ -36,7 +45,7 @@ class ConfusionMatrix:
         no_class = (labels < 0) | (labels >= c) | (predictions < 0) | (predictions >= c)
         bins = torch.where(no_class, c * c + 1, labels * c + predictions)
         bins = torch.where(labels == self.ignore_index, c * c, bins)
-        self._bins += torch.bincount(bins, minlength=c * c + 2)
+        self._bins += count_values(bins, c * c + 2)
 
     def all_reduce(self) -> None:
         """Add the counts of all ranks; every rank must call it, once, after its last batch."""

@@ -136,6 +136,8 @@ class Console:
                 f"lr {record['lr']:.2e}",
                 f"{record['images_per_s']:.1f} images/s",
                 f"data wait {record['data_wait']:.0%}",
+                *([f"save wait {record['save_wait']:.0%}"] if record.get("save_wait", 0) >= 0.005 else []),
+                *([f"{record['of_peak']:.0%} of peak"] if "of_peak" in record else []),
                 f"ETA {duration(record['eta_s'])}",
             )
             self.progress("  ".join(parts))
@@ -348,46 +350,3 @@ def score_table(record: Record) -> str:
 
 def _score(value: float | None) -> str:
     return "absent" if value is None else f"{value:.4f}"
-
-
-class Pace:
-    """Throughput, data wait and remaining time, from the clock of the host alone."""
-
-    def __init__(self, batch_size: int, step: int, steps: int) -> None:
-        self.batch_size, self.remaining = batch_size, steps - step
-        self.began = time.perf_counter()
-        self.count, self.waited_s, self.paused_s = 0, 0.0, 0.0
-        self.total_s, self.total_count = 0.0, 0
-
-    @property
-    def first(self) -> bool:
-        """Whether no step has been counted yet."""
-        return self.count == 0 and self.total_count == 0
-
-    def step(self, waited_s: float) -> None:
-        self.count += 1
-        self.waited_s += waited_s
-
-    def paused(self) -> Pace:
-        """A context whose duration is no training time."""
-        return self
-
-    def __enter__(self) -> None:
-        self._pause_began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.paused_s += time.perf_counter() - self._pause_began
-
-    def read(self) -> Record:
-        """Figures since the last reading."""
-        now = time.perf_counter()
-        elapsed = max(1e-9, now - self.began - self.paused_s)
-        self.total_s, self.total_count = self.total_s + now - self.began, self.total_count + self.count
-        self.remaining -= self.count
-        record = {
-            "images_per_s": self.count * self.batch_size / elapsed,
-            "data_wait": min(1.0, self.waited_s / elapsed),
-            "eta_s": self.remaining * self.total_s / self.total_count,
-        }
-        self.began, self.count, self.waited_s, self.paused_s = now, 0, 0.0, 0.0
-        return record

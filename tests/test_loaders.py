@@ -21,9 +21,11 @@ CPU = torch.device("cpu")
 class Case(NamedTuple):
     crop: tuple[int, int] | None
     scale: tuple[float, float] | None
+    group: int = 1
 
 
 CROPPED, WHOLE, RESIZED = Case((64, 48), (0.5, 1.5)), Case(None, None), Case(None, (0.5, 1.5))
+GROUPED = Case(None, (0.5, 1.5), 3)
 CASES = {"crop": CROPPED, "whole": WHOLE, "resized": RESIZED}
 
 
@@ -31,10 +33,19 @@ def loader_of(root, case, *, batch=4, steps=4, start=0, rank=0, world=1, workers
     """The training loader of one rank; without resize nor flip, samples are the files themselves."""
     dataset = build_dataset(Data(name="shapes", root=str(root)), "train")
     transform = TrainTransform(case.crop, case.scale, 0.5 if case.scale else 0.0)
+    shares = TrainShares(dataset, transform, seed=0, skip=skip)
     sampler = GlobalBatchSampler(
-        dataset, batch_size=batch, steps=steps, start_step=start, seed=0, rank=rank, world_size=world
+        dataset,
+        batch_size=batch,
+        steps=steps,
+        start_step=start,
+        seed=0,
+        rank=rank,
+        world_size=world,
+        window=case.group,
+        shape=None if case.crop else shares.shape,
     )
-    return train_loader(TrainShares(dataset, transform, seed=0, skip=skip), sampler, workers, CPU)
+    return train_loader(shares, sampler, workers, CPU)
 
 
 def batches_of(root, case, **keys):
@@ -113,7 +124,7 @@ def test_collate_takes_flipped_arrays():
 # --- training ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", [*CASES.values(), GROUPED], ids=[*CASES, "grouped"])
 def test_workers_do_not_change_a_batch(shapes_root, case):
     alone, shared = batches_of(shapes_root, case), batches_of(shapes_root, case, workers=2)
     assert len(alone) == len(shared) == 4
@@ -121,7 +132,7 @@ def test_workers_do_not_change_a_batch(shapes_root, case):
         assert_equal(one, other)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", [*CASES.values(), GROUPED], ids=[*CASES, "grouped"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_the_batch_of_one_process(shapes_root, case, world):
     alone = batches_of(shapes_root, case)
@@ -130,7 +141,7 @@ def test_ranks_share_the_batch_of_one_process(shapes_root, case, world):
         assert_equal(whole, [torch.cat(tensors) for tensors in zip(*parts)])
 
 
-@pytest.mark.parametrize("case", [WHOLE, RESIZED], ids=["whole", "resized"])
+@pytest.mark.parametrize("case", [WHOLE, RESIZED, GROUPED], ids=["whole", "resized", "grouped"])
 def test_padded_size_is_the_largest_of_the_global_batch_on_every_rank(shapes_root, case):
     ranks = [batches_of(shapes_root, case, rank=rank, world=2) for rank in range(2)]
     own_size_is_smaller = False
@@ -159,8 +170,9 @@ def test_a_sample_is_augmented_anew_in_each_epoch(shapes_root):
     assert sum(changed) > 20
 
 
-def test_resumed_loader_continues_with_the_same_bytes(shapes_root):
-    whole, tail = batches_of(shapes_root, CROPPED), batches_of(shapes_root, CROPPED, start=2)
+@pytest.mark.parametrize("case", [CROPPED, GROUPED], ids=["crop", "grouped"])
+def test_resumed_loader_continues_with_the_same_bytes(shapes_root, case):
+    whole, tail = batches_of(shapes_root, case), batches_of(shapes_root, case, start=2)
     assert len(tail) == 2
     for one, other in zip(whole[2:], tail):
         assert_equal(one, other)
@@ -199,7 +211,7 @@ def test_another_image_stands_in_for_a_broken_one_whoever_loads_it(copied, case,
         BREAK[fault](copied, names[index])
     alone = list(loader_of(copied, case, skip=True))
     assert [len(share.replaced) for share in alone] == [1, 0, 1, 0]
-    for before, (batch, replaced) in zip(whole, alone):
+    for before, (batch, replaced, _) in zip(whole, alone):
         for row, index in enumerate(before.indices.tolist()):
             height, width = batch.labels.shape[1:]
             same = torch.equal(before.labels[row, :height, :width], batch.labels[row])
@@ -209,7 +221,7 @@ def test_another_image_stands_in_for_a_broken_one_whoever_loads_it(copied, case,
                 assert (batch.labels[row] != 255).any(), "by one that has something to learn from"
     for world in (2, 4):
         ranks = [list(loader_of(copied, case, skip=True, rank=rank, world=world)) for rank in range(world)]
-        for (batch, replaced), *parts in zip(alone, *ranks):
+        for (batch, replaced, _), *parts in zip(alone, *ranks):
             assert_equal(batch, [torch.cat(tensors) for tensors in zip(*(part.batch for part in parts))])
             assert list(replaced) == [fault for part in parts for fault in part.replaced]
 
@@ -228,7 +240,7 @@ def test_a_stand_in_may_be_broken_itself_but_not_all(copied):
     names = (copied / "ImageSets/Segmentation/train.txt").read_text().split()
     for name in names[::2]:
         halve(copied / f"JPEGImages/{name}.jpg")
-    for batch, replaced in loader_of(copied, CROPPED, skip=True, batch=12, steps=2):
+    for batch, replaced, _ in loader_of(copied, CROPPED, skip=True, batch=12, steps=2):
         assert len(replaced) > 1
         assert batch.images.shape == (12, 64, 48, 3)
     for name in names[1::2]:
@@ -236,6 +248,31 @@ def test_a_stand_in_may_be_broken_itself_but_not_all(copied):
     (fault,) = loader_of(copied, CROPPED, skip=True, steps=1)
     assert isinstance(fault, InputError)
     assert str(fault).endswith("and 16 images that could replace it are broken, too")
+
+
+def test_images_of_similar_shape_share_a_batch_of_the_size_that_they_have(shapes_root):
+    def padded(case):
+        batches = batches_of(shapes_root, case, steps=6)
+        assert sorted(index for batch in batches for index in batch.indices.tolist()) == list(range(24))
+        held = sum(batch.labels.numel() for batch in batches)
+        return 1 - sum(int(batch.sizes.prod(1).sum()) for batch in batches) / held
+
+    assert padded(GROUPED) < 0.8 * padded(RESIZED)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_grouping_leaves_a_broken_header_to_its_step(copied, workers):
+    names = (copied / "ImageSets/Segmentation/train.txt").read_text().split()
+    BREAK["header"](copied, names[7])
+    stopping = batches_of(copied, GROUPED, steps=6, workers=workers)
+    (bad,) = [step for step, batch in enumerate(stopping) if isinstance(batch, InputError)]
+    assert f"{names[7]}.png: cannot be read" in str(stopping[bad])
+    alone = list(loader_of(copied, GROUPED, steps=6, workers=workers, skip=True))
+    assert [len(share.replaced) for share in alone] == [step == bad for step in range(6)]
+    assert sorted(index for share in alone for index in share.batch.indices.tolist()) == list(range(24))
+    ranks = [list(loader_of(copied, GROUPED, steps=6, rank=rank, world=2, skip=True)) for rank in range(2)]
+    for share, *parts in zip(alone, *ranks, strict=True):
+        assert_equal(share.batch, [torch.cat(tensors) for tensors in zip(*(part.batch for part in parts))])
 
 
 # --- evaluation ----------------------------------------------------------------------------------------------------

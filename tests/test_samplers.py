@@ -1,17 +1,28 @@
 """The data of a step is the same for any number of processes, and no image is lost or doubled."""
 
+import itertools
+import random
 from collections import Counter
 
 import pytest
 
-from fcn.data.samplers import EvalSampler, GlobalBatchSampler
+from fcn.data.samplers import EvalSampler, GlobalBatchSampler, group_by_shape
+from fcn.errors import InputError
 
 WORLDS = [1, 2, 3, 4, 6]
 
 
-def sampler(size=10, batch=12, steps=5, start=0, seed=0, rank=0, world=1):
+def sampler(size=10, batch=12, steps=5, start=0, seed=0, rank=0, world=1, window=1, shape=None):
     return GlobalBatchSampler(
-        range(size), batch_size=batch, steps=steps, start_step=start, seed=seed, rank=rank, world_size=world
+        range(size),
+        batch_size=batch,
+        steps=steps,
+        start_step=start,
+        seed=seed,
+        rank=rank,
+        world_size=world,
+        window=window,
+        shape=shape,
     )
 
 
@@ -85,6 +96,115 @@ def test_parts_that_cannot_be_equal_differ_by_one_image_and_keep_the_order(world
 def test_epoch_cannot_be_set():
     with pytest.raises(TypeError, match="start_step"):
         sampler().set_epoch(1)
+
+
+# --- images of similar shape share a batch ---------------------------------------------------------------------------
+
+
+def shape(draw):
+    """As of a photograph in VOC, resized anew in each epoch."""
+    rng = random.Random(f"{draw.epoch} {draw.index}")
+    sides = (500, rng.choice([375, 375, 375, 375, 333, 334, 332, 335, 360, 400, 500, 281]))
+    scale = rng.choice([1, 1, 1, 0.5])
+    return tuple(int(side * scale) for side in (sides if rng.random() < 0.25 else sides[::-1]))
+
+
+def padded_share(batches):
+    shapes = [[shape(draw) for draw in batch] for batch in batches]
+    held = sum(len(batch) * max(h for h, _ in batch) * max(w for _, w in batch) for batch in shapes)
+    return 1 - sum(height * width for batch in shapes for height, width in batch) / held
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 8, 1000])
+@pytest.mark.parametrize(("size", "batch"), [(10, 12), (12, 12), (7, 3), (100, 12), (3, 12), (24, 4), (97, 4), (50, 1)])
+def test_exchanging_images_keeps_every_epoch_in_its_place_and_once(size, batch, window):
+    steps = -(-3 * size // batch)
+    draws = [draw for share in sampler(size, batch, steps, window=window, shape=shape) for draw in share.all]
+    assert [draw.epoch for draw in draws[: 3 * size]] == [epoch for epoch in range(3) for _ in range(size)]
+    for epoch in range(3):
+        assert sorted(draw.index for draw in draws if draw.epoch == epoch)[:size] == list(range(size))
+
+
+@pytest.mark.parametrize("window", [2, 8])
+@pytest.mark.parametrize("start", [0, 1, 7, 8, 20])
+def test_exchanging_images_depends_on_neither_world_size_nor_start(start, window):
+    whole = [share.all for share in sampler(100, 6, 40, window=window, shape=shape)]
+    for world in (1, 2, 4, 7):
+        ranks = [
+            list(sampler(100, 6, 40, start, rank=rank, world=world, window=window, shape=shape))
+            for rank in range(world)
+        ]
+        for batch, *shares in zip(whole[start:], *ranks, strict=True):
+            assert all(share.all == batch for share in shares)
+            assert [draw for share in shares for draw in share.mine] == batch
+    other = sampler(100, 6, 40, window=window, shape=shape)
+    assert {step: other.global_batch(step) for step in (30, 3, 29, 4, 30)} == {s: whole[s] for s in (30, 3, 29, 4)}
+    assert whole != [share.all for share in sampler(100, 6, 40, seed=1, window=window, shape=shape)]
+
+
+def test_steps_exchange_images_within_their_window_alone():
+    plain = [share.all for share in sampler(100, 6, 17)]
+    mixed = [share.all for share in sampler(100, 6, 17, window=6, shape=shape)]
+    # 16 whole batches and four images more: windows of at most six are 6, 6 and 4 steps.
+    for window in (range(0, 6), range(6, 12), range(12, 16)):
+        before, after = ([draw for step in window for draw in batches[step]] for batches in (plain, mixed))
+        assert sorted(before) == sorted(after)
+        assert before != after
+    assert mixed[16] == plain[16], "begins in one epoch and ends in the next"
+
+
+def test_a_window_of_one_step_is_the_random_order():
+    plain = [share.all for share in sampler(100, 6, 40)]
+    assert [share.all for share in sampler(100, 6, 40, window=1, shape=shape)] == plain
+    assert [share.all for share in sampler(100, 6, 40, window=8)] == plain
+
+
+def test_a_late_step_asks_for_the_shapes_of_its_window_alone():
+    asked = []
+
+    def noting(draw):
+        asked.append(draw)
+        return shape(draw)
+
+    step = 10**12 + 5
+    (share,) = sampler(10**4, 4, step + 1, step, window=8, shape=noting)
+    assert len(asked) == len(set(asked)) <= 8 * 4
+    assert set(share.all) <= set(asked)
+
+
+def test_most_of_the_padding_goes():
+    plain, mixed = (
+        padded_share([share.all for share in sampler(1464, 16, 91, window=window, shape=shape)]) for window in (1, 32)
+    )
+    assert plain > 0.25
+    assert mixed < 0.05
+
+
+def test_the_order_of_batches_depends_on_no_shape():
+    batches = [share.all for share in sampler(256, 8, 32, window=32, shape=shape)]
+    areas = [max(height * width for height, width in map(shape, batch)) for batch in batches]
+    assert areas not in (sorted(areas), sorted(areas, reverse=True))
+    changes = [other - one for one, other in itertools.pairwise(areas)]
+    assert min(sum(change > 0 for change in changes), sum(change < 0 for change in changes)) >= 5
+
+
+def test_an_image_of_unknown_shape_is_drawn_like_the_others():
+    def faulty(draw):
+        if draw.index % 7 == 3:
+            raise InputError("broken")
+        return shape(draw)
+
+    draws = [draw for share in sampler(96, 4, 24, window=8, shape=faulty) for draw in share.all]
+    assert sorted(draw.index for draw in draws) == list(range(96))
+
+
+def test_groups_are_split_where_it_pads_least():
+    tall, wide, square = (9, 1), (1, 9), (5, 5)
+    shapes = [tall, wide, square, wide, tall, square, wide, wide]
+    found = [[shapes[place] for place in batch] for batch in group_by_shape(shapes, 2)]
+    assert sorted(found) == [[wide, wide], [wide, wide], [square, square], [tall, tall]]
+    assert group_by_shape([(3, 4)] * 6, 2) == [[0, 1], [2, 3], [4, 5]], "equal shapes keep their order"
+    assert group_by_shape([(3, 4)] * 3, 1) == [[0], [1], [2]]
 
 
 # --- evaluation ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from fcn import distributed, seeding
 from fcn.data.datasets import SegmentationDataset
 from fcn.data.labels import IGNORE_INDEX
 from fcn.data.samplers import Draw, EvalSampler, GlobalBatchSampler, Share
-from fcn.data.transforms import EvalTransform, TrainTransform
+from fcn.data.transforms import EvalTransform, TrainTransform, resize_windows
 from fcn.errors import InputError
 from fcn.preempt import SIGNALS
 
@@ -42,13 +42,13 @@ class Batch(NamedTuple):
     @property
     def padded(self) -> bool:
         """Whether any image is smaller than the batch (reads host memory; ask before moving to the device)."""
-        return bool((self.sizes != torch.tensor(self.images.shape[1:3])).any())
+        return bool((self.sizes != torch.tensor(self.labels.shape[1:3])).any())
 
 
 def count_labels(labels: np.ndarray) -> torch.Tensor:
     """(N, H, W) uint8 → (N, 256) int64: pixels of each value in each image."""
-    rows = [np.bincount(image.ravel(), minlength=256) for image in labels]
-    return torch.from_numpy(np.array(rows, np.int64).reshape(-1, 256))
+    rows = [torch.bincount(torch.from_numpy(image).flatten(), minlength=256) for image in labels]
+    return torch.stack(rows) if rows else torch.zeros(0, 256, dtype=torch.int64)
 
 
 def pad_collate(
@@ -57,6 +57,7 @@ def pad_collate(
     indices: Sequence[int],
     size: tuple[int, int] | None = None,
     keys: Sequence[int] | None = None,
+    canvas: tuple[int, int] | None = None,
 ) -> Batch:
     """Stack samples of mixed sizes, perhaps none: images padded at the bottom and right, labels there 255.
 
@@ -67,16 +68,22 @@ def pad_collate(
         labels: (h, w) uint8 each.
         size: height and width of the batch; by default the largest of each.
         keys: keys of the samples, for dropout; by default 0.
+        canvas: height and width of the images where they are not yet of their labels' size; by default `size`.
     """
-    height, width = size or (max(image.shape[0] for image in images), max(image.shape[1] for image in images))
-    stacked = np.zeros((len(images), height, width, 3), np.uint8)
-    targets = np.full((len(images), height, width), IGNORE_INDEX, np.uint8)
+    size = size or largest(labels)
+    stacked = np.zeros((len(images), *(canvas or size), 3), np.uint8)
+    targets = np.full((len(images), *size), IGNORE_INDEX, np.uint8)
     for row, (image, target) in enumerate(zip(images, labels, strict=True)):
-        h, w = image.shape[:2]
-        stacked[row, :h, :w], targets[row, :h, :w] = image, target
-    sizes = torch.tensor([image.shape[:2] for image in images], dtype=torch.int64).reshape(-1, 2)
+        stacked[row, : image.shape[0], : image.shape[1]] = image
+        targets[row, : target.shape[0], : target.shape[1]] = target
+    sizes = torch.tensor([target.shape for target in labels], dtype=torch.int64).reshape(-1, 2)
     numbers = [torch.tensor(column, dtype=torch.int64) for column in (indices, keys or [0] * len(images))]
     return Batch(torch.from_numpy(stacked), torch.from_numpy(targets), sizes, *numbers, count_labels(targets))
+
+
+def largest(arrays: Sequence[np.ndarray]) -> tuple[int, int]:
+    """The height and the width that all of them fit into."""
+    return max(array.shape[0] for array in arrays), max(array.shape[1] for array in arrays)
 
 
 class LoadedShare(NamedTuple):
@@ -85,6 +92,8 @@ class LoadedShare(NamedTuple):
     batch: Batch
     replaced: Sequence[str] = ()
     """What was wrong with each image that another one stands in for."""
+    grids: torch.Tensor | None = None
+    """Where the device resizes: (N, 2, 5) float64, see `TrainTransform.window`; `batch.images` are the windows."""
 
 
 def read_arrays(dataset: SegmentationDataset, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,31 +113,54 @@ class TrainShares(Dataset):
     Args:
         skip: let another image stand in for a broken one. Which one, and how it is cut, follows from the seed, the
             epoch and the place of the broken image, so every number of processes trains on the same.
+        resize_later: leave the resize of images to `device_steps`.
     """
 
     def __init__(
-        self, dataset: SegmentationDataset, transform: TrainTransform, seed: int, *, skip: bool = False
+        self,
+        dataset: SegmentationDataset,
+        transform: TrainTransform,
+        seed: int,
+        *,
+        skip: bool = False,
+        resize_later: bool = False,
     ) -> None:
-        self.dataset, self.transform, self.seed, self.skip = dataset, transform, seed, skip
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.skip, self.resize_later = skip, resize_later
 
     def __getitem__(self, share: Share) -> LoadedShare | InputError:
         try:
             size = self._size(share)
-            pairs, replaced = [], []
+            samples, replaced = [], []
             for draw in share.mine:
                 try:
-                    pairs.append(self.transform(*read_arrays(self.dataset, draw.index), self._rng(draw)))
+                    samples.append(self._load(self.transform, draw.index, draw))
                 except InputError as error:
                     if not self.skip:
                         raise
-                    pairs.append(self._stand_in(draw, size, error))
+                    samples.append(self._stand_in(draw, size, error))
                     replaced.append(str(error))
             keys = [seeding.derive(self.seed, "dropout", draw.epoch, draw.index) >> 33 for draw in share.mine]
-            images, labels = [image for image, _ in pairs], [label for _, label in pairs]
-            batch = pad_collate(images, labels, [draw.index for draw in share.mine], size, keys)
-            return LoadedShare(batch, replaced)
+            images, labels, grids = ([sample[part] for sample in samples] for part in range(3))
+            canvas = largest(images) if self.resize_later and images else None
+            batch = pad_collate(images, labels, [draw.index for draw in share.mine], size, keys, canvas)
+            return LoadedShare(batch, replaced, torch.from_numpy(np.stack(grids)) if canvas else None)
         except InputError as error:
             return error
+
+    def _load(
+        self, transform: TrainTransform, index: int, draw: Draw
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """(pixels, labels, where a later resize puts the pixels) of an image in the place of a draw."""
+        pair = read_arrays(self.dataset, index)
+        if self.resize_later:
+            return transform.window(*pair, self._rng(draw))
+        return *transform(*pair, self._rng(draw)), None
+
+    def shape(self, draw: Draw) -> tuple[int, int]:
+        """Height and width of a sample as it will be loaded, from the size in its file's header."""
+        plan = self.transform.plan(self.dataset.size(draw.index), self._rng(draw))
+        return plan.height, plan.width
 
     def _rng(self, draw: Draw) -> random.Random:
         return seeding.generator(self.seed, "augment", draw.epoch, draw.index)
@@ -144,8 +176,7 @@ class TrainShares(Dataset):
         sizes = []
         for draw in share.all:
             try:
-                plan = self.transform.plan(self.dataset.size(draw.index), self._rng(draw))
-                sizes.append((plan.height, plan.width))
+                sizes.append(self.shape(draw))
             except InputError as error:
                 if not self.skip:
                     raise
@@ -158,11 +189,13 @@ class TrainShares(Dataset):
             raise InputError(f"{fault}; and {MOST_STAND_INS} images that could replace it are broken, too")
         return max(height for height, _ in sizes), max(width for _, width in sizes)
 
-    def _stand_in(self, draw: Draw, size: tuple[int, int], fault: InputError) -> tuple[np.ndarray, np.ndarray]:
+    def _stand_in(
+        self, draw: Draw, size: tuple[int, int], fault: InputError
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         transform = TrainTransform(size, self.transform.scale, self.transform.hflip, self.transform.jitter)
         for index in self._substitutes(draw):
             with contextlib.suppress(InputError):
-                return transform(*read_arrays(self.dataset, index), self._rng(draw))
+                return self._load(transform, index, draw)
         raise InputError(f"{fault}; and {MOST_STAND_INS} images that could replace it are broken, too")
 
     def _substitutes(self, draw: Draw) -> list[int]:
@@ -286,27 +319,39 @@ def device_steps(
     """
     pending = None
     batches = iter(loader)
+    # Copies to a GPU, and the resize there, run beside the step before, in a stream of their own.
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     for _ in range(len(loader)):
         began = time.perf_counter()
         loaded: LoadedShare | InputError = next(batches)
         waited_s = time.perf_counter() - began
         fault = isinstance(loaded, InputError)
-        batch, replaced = (loaded, ()) if fault else loaded
-        mine = Totals([0] * 256, 0) if fault else Totals.of(batch.counts)
+        replaced = () if fault else loaded.replaced
+        mine = Totals([0] * 256, 0) if fault else Totals.of(loaded.batch.counts)
         flags = (int(fault), len(replaced), int(stop_asked()))
         agreement = distributed.all_reduce_sum_later(torch.tensor([*mine.pixels, mine.images, *flags]))
-        padded = not fault and batch.padded
-        if not fault:
-            batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+        padded = not fault and loaded.batch.padded
+        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+            batch = loaded if fault else _to_device(loaded, device)
+            there = stream.record_event() if stream else None
         if pending:
             yield _agreed(*pending)
-        pending = batch, replaced, padded, agreement, waited_s
+        pending = batch, there, replaced, padded, agreement, waited_s
     if pending:
         yield _agreed(*pending)
 
 
+def _to_device(loaded: LoadedShare, device: torch.device) -> Batch:
+    batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in loaded.batch))
+    if loaded.grids is None:
+        return batch
+    size = tuple(batch.labels.shape[1:])
+    return batch._replace(images=resize_windows(batch.images, loaded.grids.to(device, non_blocking=True), size))
+
+
 def _agreed(
     batch: Batch | InputError,
+    there: torch.cuda.Event | None,
     replaced: Sequence[str],
     padded: bool,
     agreement: Callable[[], torch.Tensor],
@@ -316,6 +361,11 @@ def _agreed(
     if faults:
         distributed.raise_together(str(batch) if isinstance(batch, InputError) else None)
     everywhere = distributed.gather(replaced) if replacements else []
+    if there is not None:
+        stream = torch.cuda.current_stream()
+        stream.wait_event(there)
+        for tensor in batch:  # whose memory the other stream may not take back before this one has used it
+            tensor.record_stream(stream)
     return Step(
         batch,
         padded,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import DistributedSampler
 
+from fcn.errors import InputError
 from fcn.seeding import permutation
 
 
@@ -36,22 +37,73 @@ class GlobalBatchSampler(DistributedSampler):
     parts that differ by at most one image, and may be empty. So every image is drawn once per epoch, no batch is short,
     and a resumed run starts at its step without reading what came before.
 
+    With `shape`, steps exchange images so that those of similar shape share a batch and little of it is padding. Only
+    the steps of one window do, and a window lies within an epoch. So all of the above still holds, and a step needs
+    the shapes of its window alone. A step that begins in one epoch and ends in the next keeps its images.
+
     Args:
         dataset: anything with a length.
         batch_size: global batch B.
         steps: the run's length; the last step is `steps - 1`.
         start_step: first step to draw.
+        window: most steps that exchange images.
+        shape: (height, width) of a sample as it will be loaded. An InputError of it is left to whoever loads the file.
     """
 
     def __init__(
-        self, dataset: Sized, *, batch_size: int, steps: int, start_step: int, seed: int, rank: int, world_size: int
+        self,
+        dataset: Sized,
+        *,
+        batch_size: int,
+        steps: int,
+        start_step: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        window: int = 1,
+        shape: Callable[[Draw], tuple[int, int]] | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
         self.batch_size, self.steps, self.start_step = batch_size, steps, start_step
+        self.window, self.shape = window, shape
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._exchanged: tuple[range, list[list[Draw]]] = (range(0), [])
 
     def global_batch(self, step: int) -> list[Draw]:
         """The samples of one step, in order."""
+        steps = self._window(step)
+        if len(steps) == 1:
+            return self._in_random_order(step)
+        if self._exchanged[0] != steps:
+            self._exchanged = steps, self._exchange(steps)
+        return self._exchanged[1][step - steps.start]
+
+    def _window(self, step: int) -> range:
+        """The steps that exchange images with this one: the epoch's whole batches, in equal parts up to the last."""
+        size = len(self.dataset)  # type: ignore[arg-type]
+        epoch = step * self.batch_size // size
+        first, end = -(-epoch * size // self.batch_size), (epoch + 1) * size // self.batch_size
+        if self.shape is None or self.window == 1 or step >= end:
+            return range(step, step + 1)
+        windows = -(-(end - first) // self.window)
+        length = -(-(end - first) // windows)
+        begin = first + (step - first) // length * length
+        return range(begin, min(begin + length, end))
+
+    def _exchange(self, steps: range) -> list[list[Draw]]:
+        """The batches of a window. Their order is random: it must not depend on shape."""
+        draws = [draw for step in steps for draw in self._in_random_order(step)]
+        batches = group_by_shape([self._known_shape(draw) for draw in draws], self.batch_size)
+        order = permutation(len(batches), self.seed, "exchange", steps.start)
+        return [[draws[place] for place in batches[number]] for number in order]
+
+    def _known_shape(self, draw: Draw) -> tuple[int, int]:
+        try:
+            return self.shape(draw)
+        except InputError:
+            return 0, 0
+
+    def _in_random_order(self, step: int) -> list[Draw]:
         size = len(self.dataset)  # type: ignore[arg-type]
         return [
             self._draw(position // size, position % size)
@@ -74,6 +126,30 @@ class GlobalBatchSampler(DistributedSampler):
 
     def set_epoch(self, epoch: int) -> None:
         raise TypeError("the epoch follows from the step; construct the sampler with start_step instead")
+
+
+def group_by_shape(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
+    """Places of shapes (height, width), as many as fill batches, in batches of similar shape.
+
+    Halves them by height or by width, whichever pads less, and so on down to single batches. Equal shapes keep their
+    order.
+    """
+
+    def padded(places: Sequence[int]) -> int:
+        return len(places) * max(shapes[place][0] for place in places) * max(shapes[place][1] for place in places)
+
+    def split(places: list[int]) -> list[list[int]]:
+        if len(places) <= batch_size:
+            return [places]
+        middle = len(places) // batch_size // 2 * batch_size
+        orders = (
+            sorted(places, key=lambda place: shapes[place]),
+            sorted(places, key=lambda place: shapes[place][::-1]),
+        )
+        best = min(orders, key=lambda order: padded(order[:middle]) + padded(order[middle:]))
+        return split(best[:middle]) + split(best[middle:])
+
+    return split(list(range(len(shapes))))
 
 
 class EvalSampler:
