@@ -63,14 +63,16 @@ class TrainTransform:
     def plan(self, size: tuple[int, int], rng: random.Random) -> Plan:
         """Choose everything for an image of `size` (height, width)."""
         factor = self._factors[int(rng.random() * len(self._factors))]
-        factor = max(factor, Fraction(1, min(size)))  # no side may vanish
-        full_height, full_width = (int(side * factor) for side in size)
+        up, down = factor.numerator, factor.denominator
+        if min(size) * up < down:  # no side may vanish
+            up, down = 1, min(size)
+        full_height, full_width = (side * up // down for side in size)
         height, width = full_height, full_width
         if self.crop:
             height, width = min(full_height, self.crop[0]), min(full_width, self.crop[1])
         top = int(rng.random() * (full_height - height + 1))
         left = int(rng.random() * (full_width - width + 1))
-        return Plan(height, width, top, left, 1 / factor, rng.random() < self.hflip)
+        return Plan(height, width, top, left, Fraction(down, up), rng.random() < self.hflip)
 
     def window(
         self, image: Image.Image | np.ndarray, labels: Image.Image | np.ndarray, rng: random.Random
@@ -159,16 +161,22 @@ def source_span(start: int, length: int, size: int, step: Fraction) -> tuple[int
     Returns:
         (first, end, how many pixels of a result that begins at `first` come before `start`).
     """
-    reach = max(Fraction(1), step)  # of the filter, to both sides
-    begin = max(0, start - math.ceil(reach / step)) // step.denominator * step.denominator
-    end = min(size, math.ceil((start + length) * step + reach))
-    return int(begin * step), end, start - begin
+    up, down = step.numerator, step.denominator  # whole numbers: fractions are slow
+    reach = max(up, down)  # of the filter to both sides, in parts of 1 / down of a pixel
+    begin = max(0, start - -(-reach // up)) // down * down
+    end = min(size, -(-((start + length) * up + reach) // down))
+    return begin * up // down, end, start - begin
 
 
 def resize_labels(labels: np.ndarray, plan: Plan) -> np.ndarray:
     """(H, W) uint8 → (height, width) uint8: the nearest label of the source, flipped if the plan says so."""
     rows, columns = label_places(plan, labels.shape[:2])
-    return labels.take(rows, 0).take(columns, 1)
+    window = labels[
+        rows[0] : rows[-1] + 1
+    ]  # rows are copied whole, so the fewer of them have columns picked the better
+    if len(window) > len(rows):
+        return labels.take(rows, 0).take(columns, 1)
+    return window.take(columns, 1).take(rows - rows[0], 0)
 
 
 def label_places(plan: Plan, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
