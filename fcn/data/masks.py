@@ -62,7 +62,9 @@ class MaskFormat:
             places = np.where((numbers < 0) | (numbers > 65535), 65536, numbers) if wide else numbers
             if mask.mode == "1" and 1 not in dict(self.values):  # one bit where the other masks say 0 and 255
                 numbers = places = numbers * np.uint8(255)
-            labels = _look_up(_value_table(self.values, self.other), places)
+            labels = (
+                places if _are_labels(places, self.values) else _look_up(_value_table(self.values, self.other), places)
+            )
             if mask.mode == "P" and self._palette_disagrees(mask):
                 return self._checked(_colour_table(self.colours, NO_CLASS)[_colours(mask)], numbers, source)
             return self._checked(labels, numbers, source)
@@ -156,6 +158,20 @@ def _meanings(
 def _may_disagree(palette: bytes, *lists: Any) -> bool:
     """Whether the labels of colours and indices can differ; the masks of a data set share one where not."""
     return any(colour not in (None, index) for colour, index in zip(*_meanings(palette, *lists), strict=True))
+
+
+def _are_labels(places: np.ndarray, values: tuple[tuple[int, int], ...]) -> bool:
+    """Whether bytes are class indices, or 255, already; seen in a quarter of the time of a look-up."""
+    count = _indices_only(values)
+    return bool(count and places.dtype == np.uint8 and not ((places >= count) & (places != IGNORE_INDEX)).any())
+
+
+@functools.lru_cache(maxsize=4)
+def _indices_only(values: tuple[tuple[int, int], ...]) -> int:
+    """The number of classes whose values are their indices, if there is nothing else but 255 for ignore; else 0."""
+    table = dict(values)
+    count = len(table) - 1
+    return count if table == {**{label: label for label in range(count)}, IGNORE_INDEX: IGNORE_INDEX} else 0
 
 
 def _look_up(table: np.ndarray, places: np.ndarray) -> np.ndarray:
