@@ -11,13 +11,17 @@ from torch import nn
 
 from fcn import distributed
 from fcn.check import Trial, states
-from fcn.config import Loss, Optim, load_config
+from fcn.config import Data, Loss, Optim, load_config
+from fcn.data.datasets import build_dataset
 from fcn.data.inspection import inspect_split
-from fcn.data.loaders import Batch, Step, Totals, count_labels
+from fcn.data.loaders import Batch, Step, Totals, TrainShares, count_labels, device_steps, train_loader
+from fcn.data.samplers import GlobalBatchSampler
+from fcn.data.transforms import TrainTransform
 from fcn.distributed import World
 from fcn.engine import train_step
 from fcn.guard import NonFiniteGuard
 from fcn.losses import LOSSES, build_loss
+from fcn.metrics import ConfusionMatrix
 from fcn.models import build_model
 from fcn.models.layers import convert_sync_batchnorm
 from fcn.optim import build_optimizer
@@ -171,3 +175,36 @@ def test_memory_of_a_checked_config_is_what_its_steps_take(shapes_root: Path) ->
     memory = trial.memory()
     assert 0 < sum(states(run).values()) < memory.fixed
     assert memory.of(8) == pytest.approx(trial.bytes_of_step(8), rel=0.25)
+
+
+def test_batches_cross_in_a_stream_of_their_own_and_are_what_the_loader_made(shapes_root: Path) -> None:
+    """With both resizes; the one on the device is the loader's to one grey level, and that of a CPU to the bit."""
+    dataset = build_dataset(Data(name="shapes", root=str(shapes_root)), "train")
+    transform = TrainTransform((48, 56), (0.5, 2.0), 0.5)
+
+    def batches(device: str, later: bool) -> list[torch.Tensor]:
+        sampler = GlobalBatchSampler(dataset, batch_size=6, steps=8, start_step=0, seed=0, rank=0, world_size=1)
+        shares = TrainShares(dataset, transform, 0, resize_later=later)
+        loader = train_loader(shares, sampler, 1, torch.device(device))
+        return [step.batch.images.cpu() for step in device_steps(loader, torch.device(device))]
+
+    for later in (False, True):
+        for found, expected in zip(batches("cuda", later), batches("cpu", later), strict=True):
+            assert torch.equal(found, expected)
+    for one, other in zip(batches("cuda", True), batches("cuda", False), strict=True):
+        assert (one.int() - other.int()).abs().max() <= 1
+
+
+def test_the_confusion_matrix_counts_without_a_host_sync() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels, predictions = (torch.randint(0, CLASSES, (4, 99, 77), generator=generator) for _ in range(2))
+    labels[0] = 255
+    here, there = ConfusionMatrix(CLASSES), ConfusionMatrix(CLASSES, device="cuda")
+    here.update(labels, predictions)
+    pair = labels.cuda(), predictions.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there.update(*pair)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(here.counts, there.counts)
