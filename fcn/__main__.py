@@ -1,4 +1,4 @@
-"""Commands beside training: `python -m fcn check`, `evaluate` and `predict`."""
+"""Commands beside training: `python -m fcn check`, `evaluate`, `predict` and `compare`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fcn import cli, distributed, tracking
 from fcn.check import check
+from fcn.compare import compare
 from fcn.config import load_config, protocol
 from fcn.data.datasets import build_dataset
 from fcn.data.layouts import mask_suffix
@@ -43,6 +44,11 @@ CHECK = """Look before you leap: read all data of a config, try its network for 
 Every fault is named at the end, one line each. Exit status: 0 no faults, 2 faults.
 """
 
+COMPARE = """Runs side by side: how their configs differ, how far they are, what they score.
+
+    python -m fcn compare runs/linknet-camvid runs/unet-camvid
+"""
+
 
 def main(argv: list[str], world: World) -> int:
     parser = cli.Parser(prog="python -m fcn", description=__doc__)
@@ -69,6 +75,9 @@ def main(argv: list[str], world: World) -> int:
     )
     command.add_argument("inputs", nargs="+", metavar="IMAGE|DIR", help="images, or folders of images")
     command.set_defaults(run=predict_command)
+    command = commands.add_parser("compare", description=COMPARE, help="runs side by side")
+    command.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders that training made")
+    command.set_defaults(run=compare_command)
     args = parser.parse_args(argv)
     return args.run(args, world)
 
@@ -140,6 +149,14 @@ def predict_command(args: argparse.Namespace, world: World) -> int:
         print(f"{predicted} of {len(files)} images predicted into {args.output} ({how})")
     if faults:
         raise InputError("\n".join(faults))
+    return 0
+
+
+def compare_command(args: argparse.Namespace, world: World) -> int:
+    """Print a table of what the folders of runs say."""
+    text = distributed.together(lambda: compare([Path(folder) for folder in args.runs]))
+    if world.rank == 0:
+        print(text)
     return 0
 
 

@@ -526,7 +526,7 @@ MAY_CHANGE = (
 
 def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Compare two `to_dict` results, one line a difference: (those that make another run, those that may change)."""
-    before, after = _defaults(Config) | _flatten(old), _flatten(new)  # a key that is newer than `old` was its default
+    before, after = _defaults(Config) | flatten(old), flatten(new)  # a key that is newer than `old` was its default
     fatal: list[str] = []
     harmless: list[str] = []
     for key in sorted(before.keys() | after.keys()):
@@ -549,10 +549,11 @@ def _defaults(cls: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value of a nested dict."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 

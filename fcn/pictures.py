@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fcn.data.labels import IGNORE_INDEX, Classes
+from fcn.tracking import read_records
 
 IGNORE_COLOUR = (224, 224, 192)
 CELL = 360
@@ -105,7 +105,7 @@ def curves(metrics: Path, output: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = read_records(metrics)
     train = [record for record in records if record["event"] == "train"]
     evals = [record for record in records if record["event"] == "eval"]
     figure = Figure(figsize=(11, 7))

@@ -262,17 +262,24 @@ def rewind_metrics(path: Path, step: int, final_split: str | None) -> None:
 
     The score of `final_split` is taken after the last checkpoint, so it is done again too.
     """
-    if not path.exists():
-        return
-    kept = []
+    if path.exists():
+        kept = [
+            line + "\n"
+            for line, record in _whole_lines(path)
+            if record["step"] <= step and not (final_split and record.get("split") == final_split)
+        ]
+        write_atomically(path, "".join(kept))
+
+
+def read_records(path: Path) -> list[Record]:
+    """metrics.jsonl, without a line that a crash cut in half; empty if there is no such file yet."""
+    return [record for _, record in _whole_lines(path)] if path.exists() else []
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[str, Record]]:
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record["step"] <= step and not (final_split and record.get("split") == final_split):
-            kept.append(line + "\n")
-    write_atomically(path, "".join(kept))
+        with contextlib.suppress(json.JSONDecodeError):
+            yield line, json.loads(line)
 
 
 def read_summary(folder: Path) -> Record:
