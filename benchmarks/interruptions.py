@@ -33,7 +33,7 @@ RUNS = {
     "fcn8s": ["--config", "configs/fcn8s.yaml", "train.precision=fp32", "model.weights=null"],
 }
 OVERRIDES = [
-    "data.name=shapes", "data.train=train", "data.crop=[128,128]", "data.workers=1", "train.batch_size=8",
+    "data.name=shapes", "data.train=train", "data.crop=[64,64]", "data.workers=1", "train.batch_size=4",
     "train.epochs=null", "train.steps=10000", "train.log_every=1", "eval.every=10000", "checkpoint.every=10000",
     "wandb.mode=disabled",
 ]  # fmt: skip
@@ -56,11 +56,11 @@ def main() -> None:
         "start to resumed, s",
         "start to its first step, s",
     ]
-    text = f"{processes} processes, 128x128 crops, batch 8, {rounds} rounds, median (lowest–highest):\n\n"
+    text = f"{processes} processes, 64x64 crops, batch 4, {rounds} rounds, median (lowest–highest):\n\n"
     text += table(["run", *columns], signals)
     columns = ["state, MB", "one step, s", "copy, s", "write, s", "stall, s", "stall, steps"]
     text += (
-        "\n\nA save beside training, 256x256, batch 4 (on a GPU 16), one process: the copy that the step waits for, "
+        "\n\nA save beside training, 256x256, batch 2 (on a GPU 16), one process: the copy that the step waits for, "
         "the write behind it, and by how much both delay the steps meanwhile:\n\n"
     )
     text += table(["network", *columns], saves)
@@ -113,7 +113,7 @@ def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        process.kill()
+        process.terminate()  # torchrun, which then ends its processes
 
 
 def until(process: subprocess.Popen[str], text: str) -> None:
@@ -131,7 +131,7 @@ def save_beside_steps(name: str, folder: Path, rounds: int) -> list[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     numerics = Numerics("bf16" if on_gpu else "fp32", True, device)
-    model, optimizer, train, _ = training(name, {}, (256, 256), 16 if on_gpu else 4, numerics)
+    model, optimizer, train, _ = training(name, {}, (256, 256), 16 if on_gpu else 2, numerics)
     saver = BackgroundSaver(folder / f"saves-{name}", 2, print)
     quiet, copies, writes, stalls = [], [], [], []
 
