@@ -40,6 +40,7 @@ def test_a_cache_on_a_disk_changes_no_number(tiny, tmp_path: Path, without) -> N
     assert all(any(records[start : start + 8]) for start in range(0, len(records), 8)), "all are in it now"
 
 
+@pytest.mark.campaign
 def test_a_disk_that_fills_changes_no_number_and_is_one_warning(tiny, tmp_path: Path, without) -> None:
     with mounted(tmp_path / "disk", "600k") as disk:
         _, warnings = assert_as_without(tiny, tmp_path, without, data__cache="disk", data__cache_dir=str(disk))

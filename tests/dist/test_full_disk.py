@@ -126,6 +126,7 @@ def test_a_disk_that_stays_full_costs_the_steps_since_the_last_save(tiny, disk, 
     assert not list(folder.rglob(".*.tmp"))
 
 
+@pytest.mark.campaign
 def test_full_for_a_while_and_again_when_a_signal_comes(tiny, disk, undisturbed) -> None:
     folder = disk / "run"
     config = tiny(run_dir=str(folder), **CHANGES)

@@ -123,7 +123,10 @@ def undisturbed() -> list[Path]:
     return []
 
 
-@pytest.mark.parametrize("target", SIGNALS)
+@pytest.mark.parametrize(
+    "target",
+    ["USR1 to one rank", "TERM to torchrun", pytest.param("TERM to every process of the ranks", marks=pytest.mark.campaign)],
+)
 def test_a_signal_saves_and_the_run_ends_with_the_same_bytes(tiny, tmp_path: Path, undisturbed, target) -> None:
     changes = {"train__steps": 60, "eval__every": 40, "data__workers": 1}
     whole, stopped = (tiny(run_dir=str(tmp_path / name), **changes) for name in ("whole", "stopped"))

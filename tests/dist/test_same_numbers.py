@@ -95,7 +95,7 @@ def alone(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @pytest.mark.parametrize(
     ("processes", "workers"),
-    [(4, 2), (3, 0), *(pytest.param(*case, marks=pytest.mark.campaign) for case in OTHERS)],
+    [(4, 2), *(pytest.param(*case, marks=pytest.mark.campaign) for case in ((3, 0), *OTHERS))],
 )
 def test_a_hundred_steps_end_with_the_same_weights(alone, shapes_root, tmp_path, processes: int, workers: int) -> None:
     """Crop, flip, jitter, sync-BN, clipping and the average of the weights all take part."""
