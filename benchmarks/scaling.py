@@ -37,6 +37,9 @@ def main() -> None:
     parse.add_argument("--batch", type=int, default=None, help="images of a process's step; default: 4, on a GPU 16")
     parse.add_argument("--window", type=int, default=None, help="steps of a turn; default: 5, on a GPU 50")
     parse.add_argument("--precision", default=None, help="default: fp32, on a GPU bf16")
+    parse.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of every job, such as train.sync_bn=false"
+    )
     parse.add_argument("--node", type=int, default=8, help="GPUs of a node in the model")
     parse.add_argument("--nvlink", type=float, default=300, help="GB/s of a GPU inside a node; default: 300")
     parse.add_argument("--infiniband", type=float, default=40, help="GB/s of a GPU to other nodes; default: 40")
@@ -66,12 +69,12 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, many: int, batch: int, window: int, on_gpu: bool) -> dict[str, list[float]]:
     """Seconds of a step in every round."""
-    precision = f"train.precision={args.precision or ('bf16' if on_gpu else 'fp32')}"
+    words = [f"train.precision={args.precision or ('bf16' if on_gpu else 'fp32')}", *args.set]
     threads = None if on_gpu else 1
     with tempfile.TemporaryDirectory() as folder:
 
         def job(name: str, processes: int) -> Job:
-            config = settings(Path(folder) / name, args.model, args.size, batch * processes, window, [precision])
+            config = settings(Path(folder) / name, args.model, args.size, batch * processes, window, words)
             return Job(processes, threads, harness, config)
 
         jobs = [job("one", 1)]

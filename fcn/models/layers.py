@@ -73,21 +73,21 @@ class _SyncBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, mean, variance, count = ctx.saved_tensors
         invstd = torch.rsqrt(variance + ctx.eps)
-        if x.numel():
-            # The gradient with mean and variance held fixed, and the two sums that correct it: Σ g·x̂ and Σ g.
-            grad_input, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-                grad, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        if x.numel():  # of this rank's part: Σ g·x̂ and Σ g, with x̂ = (x − mean)/σ
+            _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+                grad, x, weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
             )
         else:
-            grad_input, grad_weight, grad_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight)
+            grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight)
         sums = distributed.stack_ranks(torch.cat([grad_weight.double(), grad_bias.double()])).sum(0)
-        total_weight, total_bias = (sums / count).chunk(2)
-        # dx = w/σ · (g − Σg/n − x̂·Σgx̂/n) = fixed-statistics gradient + slope·x + offset, with x̂ = (x − mean)/σ
-        slope = -(weight * invstd * invstd * total_weight).to(weight.dtype)
-        offset = -(weight * invstd * total_bias).to(weight.dtype) - slope * mean
-        # Under autocast x has fewer digits than slope and offset: the product is formed in theirs.
-        grad_input += (x * slope[:, None, None]).add_(offset[:, None, None])
-        return grad_input, grad_weight, grad_bias, None
+        total_weight, total_bias = (sums / count).to(weight.dtype).chunk(2)
+        # dx = w/σ · (g − Σg/n − x̂·Σgx̂/n) = scale·g + slope·x + offset: two passes over the pixels, in the wider type
+        scale = weight * invstd
+        slope = -scale * invstd * total_weight
+        offset = -scale * total_bias - slope * mean
+        scale, slope, offset = (channel[:, None, None] for channel in (scale, slope, offset))
+        grad_input = torch.addcmul(offset, x, slope).addcmul_(grad, scale)
+        return grad_input.to(grad.dtype), grad_weight, grad_bias, None
 
 
 def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
