@@ -26,7 +26,7 @@ from fcn.distributed import World
 from fcn.engine import fit
 from fcn.preempt import StopFlag
 from fcn.run import build_run
-from fcn.tracking import Console, JsonLines, Record, Trackers
+from fcn.tracking import Console, JsonLines, Record, Scores, Trackers
 from train_ddp import open_splits
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -172,6 +172,9 @@ class _Turns:
         if record["event"] == "train":
             self.turn(time.perf_counter() - self.began)
             self.began = time.perf_counter()
+
+    def show(self, scores: Scores) -> None:
+        pass
 
     def flush(self) -> None:
         pass

@@ -3,8 +3,8 @@
     python -m benchmarks.evaluation --voc data/VOCdevkit/VOC2012
     python -m benchmarks.evaluation --voc data/VOCdevkit/VOC2012 --images 8 --rounds 2 --dry-run      tries it out
 
-`fcn.engine.evaluate` and the other loop take turns on the same files with the same network, labels and sizes. Ours has
-batches of equal size, autocast on a GPU, and a confusion matrix that stays on the device. The other has one image a
+`fcn.evaluation.evaluate` and the other loop take turns on the same files with the same network, labels and sizes. Ours
+has batches of equal size, autocast on a GPU, and a confusion matrix that stays on the device. The other has one image a
 pass in float32, finds the valid pixels with a mask, and looks at a number of the matrix after every image. How many
 pixels the two score differently is printed, too: in float32 only rounding, in another memory format, decides a few.
 """
@@ -25,7 +25,7 @@ from fcn import distributed
 from fcn.data.datasets import build_dataset, list_split
 from fcn.data.images import decode, read_image
 from fcn.data.transforms import EvalTransform
-from fcn.engine import evaluate
+from fcn.evaluation import evaluate
 from fcn.models import build_model
 from fcn.run import DTYPES, Numerics
 
@@ -73,7 +73,7 @@ def compare(args: argparse.Namespace, preset: str) -> tuple[int, dict[str, list[
     matrices: dict[str, torch.Tensor] = {}
 
     def run_ours() -> torch.Tensor:
-        return evaluate(ours, dataset, config, world, numerics)[0].counts
+        return evaluate(ours, dataset, config, world, numerics).matrix.counts
 
     def timed(name: str, action: Callable[[], torch.Tensor]) -> float:
         began = time.perf_counter()

@@ -275,7 +275,8 @@ def confusion_matrices(
         for batch_size in batch_sizes:
             overrides = [f"eval.batch_size={batch_size}", "data.workers=0"]
             config = load_config(CHECKOUT / "configs" / "quickstart.yaml", overrides)
-            matrix, images = evaluate(model, dataset, config, world, numerics)
+            found = evaluate(model, dataset, config, world, numerics)
+            matrix, images = found.matrix, found.images
             results[f"{label}, batch {batch_size}"] = matrix.counts.tolist(), images
     return results
 

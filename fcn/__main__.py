@@ -16,8 +16,8 @@ from fcn.config import load_config, protocol
 from fcn.data.datasets import build_dataset
 from fcn.data.layouts import mask_suffix
 from fcn.distributed import World
-from fcn.engine import evaluate
 from fcn.errors import InputError
+from fcn.evaluation import evaluate
 from fcn.inference import load_trained
 from fcn.predictions import Files, plan, predict_files
 
@@ -115,14 +115,13 @@ def evaluate_command(args: argparse.Namespace, world: World) -> int:
         raise InputError(
             f"{args.checkpoint}: was trained on the classes {', '.join(names)}; data.name={config.data.name} has others"
         )
-    matrix, images = evaluate(trained.model, dataset, config, world, trained.numerics)
+    found = evaluate(trained.model, dataset, config, world, trained.numerics)
     if world.rank == 0:
-        record = {"split": split, "step": trained.step, **matrix.scores(names), "images": images}
-        record["protocol"] = protocol(config.eval, config.data.crop)
+        record = {"step": trained.step, **found.record(split, names, config)}
         print(tracking.score_table(record))
         print(tracking.score_line(record))
         if args.json:
-            result = {**record, "checkpoint": args.checkpoint, "confusion_matrix": matrix.counts.tolist()}
+            result = {**record, "checkpoint": args.checkpoint, "confusion_matrix": found.matrix.counts.tolist()}
             tracking.write_atomically(Path(args.json), json.dumps(result, indent=1) + "\n")
     return 0
 

@@ -1,4 +1,4 @@
-"""The loop: one training step, one evaluation, one run."""
+"""The loop: one training step, one run."""
 
 from __future__ import annotations
 
@@ -8,28 +8,21 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from fcn import accounting, checkpoint, distributed, pictures, seeding
 from fcn.accounting import Pace
 from fcn.checkpoint import BackgroundSaver
-from fcn.config import Config, protocol
-from fcn.data.datasets import SegmentationDataset
-from fcn.data.loaders import Batch, EvalBatches, Step, TrainShares, device_steps, eval_loader, train_loader
-from fcn.data.samplers import EvalSampler, GlobalBatchSampler
-from fcn.data.transforms import EvalTransform, TrainTransform
-from fcn.distributed import World
+from fcn.data.loaders import Step, TrainShares, device_steps, train_loader
+from fcn.data.samplers import GlobalBatchSampler
+from fcn.data.transforms import TrainTransform
 from fcn.errors import InputError
+from fcn.evaluation import Stopped, evaluate, show_scores
 from fcn.guard import KeptBuffers, NonFiniteGuard
-from fcn.inference import Views, predict
 from fcn.losses import Criterion
-from fcn.metrics import ConfusionMatrix
 from fcn.models.layers import SampleKeys, SyncBatchNorm2d
 from fcn.optim import learning_rate, set_learning_rate
 from fcn.preempt import StopFlag
@@ -125,99 +118,23 @@ def saved_on_host() -> AbstractContextManager:
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-class Stopped(Exception):  # noqa: N818 - no error
-    """All ranks agreed to leave an evaluation, because one was asked to save and leave."""
-
-
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    dataset: SegmentationDataset,
-    config: Config,
-    world: World,
-    numerics: Numerics,
-    stop: Callable[[], bool] = lambda: False,
-) -> tuple[ConfusionMatrix, int]:
-    """Score every image of a split exactly once, as `eval` says: by default whole, at the native size of its labels.
-
-    Returns:
-        (the confusion matrix over all ranks, the number of images counted).
-
-    Raises:
-        InputError: on every rank, if any rank met a broken file.
-        Stopped: on every rank, if `stop()` was true on any.
-        RuntimeError: an image was counted twice or not at all.
-    """
-    sizes = distributed.together(lambda: [dataset.size(index) for index in range(len(dataset))])
-    sampler = EvalSampler(sizes, batch_size=config.eval.batch_size, rank=world.rank, world_size=world.size)
-    batches = EvalBatches(dataset, _eval_transform(config))
-    loader: DataLoader[Batch] = eval_loader(batches, sampler, config.data.workers, world.device)
-    views = Views.of(config.eval)
-    matrix = ConfusionMatrix(len(dataset.classes), device=world.device)
-    seen = torch.zeros(len(dataset), dtype=torch.int64)
-    fault = None
-    was_training = model.training
-    model.eval()
-    for batch in loader:
-        if isinstance(batch, InputError):
-            fault = str(batch)
-            break
-        if stop():
-            break
-        seen[batch.indices] += 1
-        images, labels = (tensor.to(world.device, non_blocking=True) for tensor in batch[:2])
-        matrix.update(labels, predict(model, images, tuple(labels.shape[-2:]), numerics, views))
-    model.train(was_training)
-    distributed.raise_together(fault)
-    if any(distributed.gather(stop())):
-        raise Stopped
-    matrix.all_reduce()
-    distributed.all_reduce_sum(seen)
-    if not bool((seen == 1).all()):
-        raise RuntimeError(
-            f"evaluation must count each image once; counts of some are {sorted(set(seen[seen != 1].tolist()))}"
-        )
-    return matrix, int(seen.sum())
-
-
-@torch.inference_mode()
-def draw_panels(model: nn.Module, dataset: SegmentationDataset, config: Config, numerics: Numerics, path: Path) -> None:
-    """Save image | label | prediction of some images of a split as one picture; on one rank alone."""
-    rows = []
-    was_training = model.training
-    model.eval()
-    # Spread over the split: neighbours are often frames of one video.
-    shown = min(config.eval.pictures, len(dataset))
-    try:
-        for index in (i * len(dataset) // shown for i in range(shown)):
-            image, mask = _eval_transform(config)(*dataset.read(index))
-            batch = torch.from_numpy(np.array(image))[None].to(numerics.device)
-            classes = predict(model, batch, (mask.height, mask.width), numerics, Views.of(config.eval))[0]
-            rows.append((np.asarray(image), np.asarray(mask), classes.cpu().numpy(), dataset.name(index)))
-    finally:  # rank 0 alone in evaluation mode would leave the other ranks waiting for its statistics
-        model.train(was_training)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pictures.panels(rows, dataset.classes).save(path)
-
-
-def _eval_transform(config: Config) -> EvalTransform:
-    return EvalTransform(config.eval.preset, config.eval.crop or config.data.crop)
-
-
-def score(run: Run, model: nn.Module, split: str, trackers: Trackers, stop: Callable[[], bool]) -> Record:
-    """Evaluate and record a split, and draw panels of some of its images."""
+def score(
+    run: Run, model: nn.Module, split: str, trackers: Trackers, stop: Callable[[], bool], last: bool = False
+) -> Record:
+    """Evaluate, record and show a split; after the `last` step also the images with the worst scores."""
     dataset, config = run.splits[split], run.config
     if not config.train.sync_bn:  # score the statistics that are saved, not each rank's own
         for scored in (run.model, run.average.model) if run.average else (run.model,):
             distributed.copy_from_rank_0(scored.buffers())
-    matrix, images = evaluate(model, dataset, config, run.world, run.numerics, stop)
-    scores = matrix.scores(dataset.classes.names)
-    record = {"event": "eval", "step": run.step, "split": split, **scores, "images": images}
-    record["protocol"] = protocol(config.eval, config.data.crop)
+    found = evaluate(model, dataset, config, run.world, run.numerics, stop)
+    record = {"event": "eval", "step": run.step, **found.record(split, dataset.classes.names, config)}
     trackers.log(record)
-    if run.world.rank == 0 and config.eval.pictures:
-        path = run.folder / "pictures" / f"{split}_{run.step:08d}.png"
-        trackers.attempt(lambda: draw_panels(model, dataset, config, run.numerics, path), path.name)
+    if run.world.rank == 0:
+
+        def show() -> None:
+            trackers.show(show_scores(found, record, model, dataset, config, run.numerics, run.folder, worst=last))
+
+        trackers.attempt(show, f"showing the scores of {split}")
     return record
 
 
@@ -264,7 +181,7 @@ def _train(
     pace = _pace(run)
 
     def score_val() -> None:
-        if run.note_score(score(run, scored, config.data.val, trackers, stop)):
+        if run.note_score(score(run, scored, config.data.val, trackers, stop, run.step == run.steps)):
             run.save_best(saver)
 
     if _is_due(run.step, config.eval.every, run.steps) and (run.last_eval or {}).get("step") != run.step:
@@ -421,9 +338,9 @@ def _finish(run: Run, model: nn.Module, console: Console, trackers: Trackers, st
     """Score the test split if there is one, draw the curves; returns the final scores."""
     final = run.last_eval
     if run.config.data.test:
-        final = score(run, model, run.config.data.test, trackers, stop)
+        final = score(run, model, run.config.data.test, trackers, stop, last=True)
     elif final is None or final["step"] != run.step:  # a resumed run whose train.steps was lowered
-        final = score(run, model, run.config.data.val, trackers, stop)
+        final = score(run, model, run.config.data.val, trackers, stop, last=True)
     if run.world.rank == 0:
         curves = run.folder / "pictures" / "curves.png"
         trackers.attempt(lambda: pictures.curves(run.folder / "metrics.jsonl", curves), curves.name)

@@ -30,8 +30,12 @@ class ConfusionMatrix:
         # Two more bins than pairs of classes: ignored pixels, and values that are no class.
         self._bins = torch.zeros(num_classes * num_classes + 2, dtype=torch.int64, device=device)
 
-    def update(self, labels: torch.Tensor, predictions: torch.Tensor) -> None:
+    def update(self, labels: torch.Tensor, predictions: torch.Tensor) -> torch.Tensor:
         """Count a batch. Both of one shape, any integer type; labels 0 to C-1 or `ignore_index`, predictions 0 to C-1.
+
+        Returns:
+            The counts of each image, (N, C, C) int64 on this matrix's device; of all pixels as one image, where the
+            tensors have less than three dimensions.
 
         Raises:
             ValueError: the shapes differ.
@@ -40,12 +44,18 @@ class ConfusionMatrix:
             raise ValueError(
                 f"labels {tuple(labels.shape)} and predictions {tuple(predictions.shape)} must have one shape"
             )
-        c = self.num_classes
-        labels, predictions = (t.detach().to(self._bins.device, torch.int64).reshape(-1) for t in (labels, predictions))
+        c, length = self.num_classes, len(self._bins)
+        images = len(labels) if labels.ndim > 2 else 1
+        labels, predictions = (
+            t.detach().to(self._bins.device, torch.int64).reshape(images, -1) for t in (labels, predictions)
+        )
         no_class = (labels < 0) | (labels >= c) | (predictions < 0) | (predictions >= c)
         bins = torch.where(no_class, c * c + 1, labels * c + predictions)
         bins = torch.where(labels == self.ignore_index, c * c, bins)
-        self._bins += count_values(bins, c * c + 2)
+        bins += torch.arange(0, images * length, length, device=bins.device)[:, None]
+        counts = count_values(bins.reshape(-1), images * length).reshape(images, length)
+        self._bins += counts.sum(0)
+        return counts[:, : c * c].reshape(images, c, c)
 
     def all_reduce(self) -> None:
         """Add the counts of all ranks; every rank must call it, once, after its last batch."""
@@ -83,6 +93,20 @@ class ConfusionMatrix:
             "fw_iou": _value((labelled[seen] * iou[seen]).sum() / total),
             "classes": int(present.sum()),
         }
+
+
+def image_miou(counts: torch.Tensor) -> torch.Tensor:
+    """Mean IoU of each image over the classes in its labels or its predictions; NaN where no pixel is valid.
+
+    Args:
+        counts: (N, C, C) int64, as `ConfusionMatrix.update` returns them.
+
+    Returns:
+        (N,) float64 on the same device.
+    """
+    correct = counts.diagonal(dim1=1, dim2=2).double()
+    union = counts.sum(1) + counts.sum(2) - correct
+    return (correct / union.clamp_min(1)).sum(1) / (union > 0).sum(1)
 
 
 def _value(score: torch.Tensor) -> float | None:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fcn.data.labels import IGNORE_INDEX, Classes
-from fcn.tracking import read_records
+from fcn.tracking import Sample, read_records
 
 IGNORE_COLOUR = (224, 224, 192)
 CELL = 360
@@ -45,12 +45,8 @@ def _colour_table(classes: Classes) -> np.ndarray:
     return table
 
 
-def panels(rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, str]], classes: Classes) -> Image.Image:
-    """One row a sample: image, label, prediction; the legend names every class that occurs.
-
-    Args:
-        rows: image (H, W, 3) uint8, labels (H, W), predictions (H, W), caption.
-    """
+def panels(rows: Sequence[Sample], classes: Classes) -> Image.Image:
+    """One row a sample: image, label, prediction; the legend names every class that occurs."""
     font = ImageFont.load_default(14)
     cells, captions, used = [], [], set()
     for image, labels, predictions, caption in rows:
@@ -98,6 +94,30 @@ def _legend(
         draw.rectangle((x, y + 4, x + box, y + 4 + box), fill=colour, outline="gray")
         draw.text((x + box + 6, y + 2), name, fill="black", font=font)
     return image
+
+
+def confusion(counts: np.ndarray, classes: Classes) -> Image.Image:
+    """Heat map of a confusion matrix (C, C) integer: of the pixels of each label, how many percent became what."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = min(24.0, 3.0 + 0.42 * len(classes))
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    heat = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    axis.set_xticks(range(len(classes)), classes.names, rotation=90)
+    axis.set_yticks(range(len(classes)), classes.names)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("labelled")
+    if len(classes) <= 40:
+        for row, column in np.argwhere(shares >= 0.5):
+            colour = "white" if shares[row, column] > 60 else "black"
+            axis.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(heat, ax=axis, label="% of the label's pixels", shrink=0.8)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
 def curves(metrics: Path, output: Path) -> None:

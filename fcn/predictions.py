@@ -25,6 +25,7 @@ from fcn.data.samplers import EvalSampler
 from fcn.distributed import World
 from fcn.errors import InputError
 from fcn.inference import Trained, Views, predict
+from fcn.tracking import Sample
 
 
 class Files(NamedTuple):
@@ -222,7 +223,7 @@ def _predict_batch(trained: Trained, files: Sequence[Files], images: torch.Tenso
             except InputError as error:
                 faults.append(str(error))
                 continue
-            row = (pixels, labels, classes, file.image.name)
+            row = Sample(pixels, labels, classes, file.image.name)
             _save(pictures.panels([row], trained.classes), file.panel)
     return faults
 

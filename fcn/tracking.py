@@ -15,18 +15,48 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TextIO
+from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO
 from urllib.parse import urlsplit
 
+import numpy as np
+
+from fcn.data.labels import Classes
+
 Record = dict[str, Any]
+
+
+class Sample(NamedTuple):
+    """An image of a split, and what the network made of it."""
+
+    image: np.ndarray
+    """(H, W, 3) uint8."""
+    labels: np.ndarray
+    """(h, w) uint8, 255 = ignore."""
+    predictions: np.ndarray
+    """(h, w) integer."""
+    caption: str
+
+
+class Scores(NamedTuple):
+    """What an evaluation found beside its record, to be shown."""
+
+    record: Record
+    classes: Classes
+    confusion_matrix: np.ndarray
+    """(C, C) int64, labels down, predictions across."""
+    samples: Sequence[Sample]
+    """The same images of the split every time."""
 
 
 class Tracker(Protocol):
     """Receives every record once, in order, and the summary at the end."""
 
     def log(self, record: Record) -> None: ...
+
+    def show(self, scores: Scores) -> None:
+        """After the record of an evaluation."""
 
     def flush(self) -> str | None:
         """Write what is still to be written; returns what cannot be, and why."""
@@ -127,6 +157,9 @@ class Console:
     def flush(self) -> None:
         pass  # every line has been tried
 
+    def show(self, scores: Scores) -> None:
+        pass  # it has no pictures
+
     def log(self, record: Record) -> None:
         if record["event"] == "train":
             parts = (
@@ -172,6 +205,9 @@ class JsonLines:
             self.warn(f"warning: {self._problem(reason)}; it is kept and written when there is room; free space there")
         self._behind = reason is not None
 
+    def show(self, scores: Scores) -> None:
+        pass  # what it needs is in the record
+
     def flush(self) -> str | None:
         reason = self.file.flush()
         return self._problem(reason) if reason else None
@@ -205,6 +241,9 @@ class WandB:
         values |= {f"{prefix}/iou/{name}": value for name, value in record.get("iou", {}).items() if value is not None}
         self.run.log({**values, "step": record["step"]})
 
+    def show(self, scores: Scores) -> None:
+        pass
+
     def flush(self) -> None:
         pass  # it has a process for that
 
@@ -235,8 +274,14 @@ class Trackers:
         self.attempt(lambda: self.trackers.append(build()), "starting a tracker")
 
     def log(self, record: Record) -> None:
+        self._each(lambda tracker: tracker.log(record))
+
+    def show(self, scores: Scores) -> None:
+        self._each(lambda tracker: tracker.show(scores))
+
+    def _each(self, action: Callable[[Tracker], None]) -> None:
         for tracker in list(self.trackers):
-            if not self.attempt(lambda tracker=tracker: tracker.log(record), type(tracker).__name__):
+            if not self.attempt(lambda tracker=tracker: action(tracker), type(tracker).__name__):
                 self.trackers.remove(tracker)
 
     def flush(self) -> list[str]:
