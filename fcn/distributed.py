@@ -27,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from fcn.errors import InputError
+from fcn.stragglers import WAITS
 
 T = TypeVar("T")
 
@@ -219,7 +220,8 @@ def stack_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if not is_active():
         return tensor[None]
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor)
+    with WAITS.counting(tensor):
+        dist.all_gather(parts, tensor)
     return torch.stack(parts)
 
 
@@ -304,6 +306,7 @@ def data_parallel(model: nn.Module, world: World, sync_bn: bool, wire_type: torc
 
 def _sum_gradients(wire_type, bucket):  # without annotations: DistributedDataParallel refuses those that are texts
     gradient = bucket.buffer()
+    WAITS.gradients_are_ready(gradient)
     sent = gradient if wire_type is None else gradient.to(wire_type)
     future = dist.all_reduce(sent, async_op=True).get_future()
     return future.then(lambda done: done.value()[0] if wire_type is None else gradient.copy_(done.value()[0]))

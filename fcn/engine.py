@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,6 +28,7 @@ from fcn.models.layers import SampleKeys, SyncBatchNorm2d
 from fcn.optim import learning_rate, set_learning_rate
 from fcn.preempt import StopFlag
 from fcn.run import DTYPES, Numerics, Run
+from fcn.stragglers import WAITS, OwnTime, Watch, slowest
 from fcn.tracking import Console, Record, Trackers, score_table, write_atomically
 
 
@@ -84,6 +86,7 @@ def train_step(
             if guard:  # 1 + 0·loss is 1, but NaN if the loss is not finite, and then so is every rank's summed gradient
                 part_loss = part_loss * (guard.gate * (1 + 0 * part_loss.detach()))
             scaler.scale(part_loss).backward()
+    WAITS.backward_ended(loss)
     scaler.unscale_(optimizer)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     grad_norm = nn.utils.get_total_norm(gradients)
@@ -178,7 +181,8 @@ def _train(
         run.average.reset()
     settings = step_settings(run)
     loss = grad_norm = None
-    pace = _pace(run)
+    pace, own_time = _pace(run), OwnTime(world.device)
+    slow = Watch(distributed.gather(socket.gethostname()))
 
     def score_val() -> None:
         if run.note_score(score(run, scored, config.data.val, trackers, stop, run.step == run.steps)):
@@ -194,7 +198,10 @@ def _train(
         set_learning_rate(run.optimizer, lr)
         # For networks that draw random numbers by themselves: a resumed run draws the same ones.
         torch.manual_seed(seeding.derive(config.seed, "forward", run.step, world.rank))
-        with _naming_nondeterminism(console) if train.deterministic and pace.first else nullcontext():
+        with (
+            _naming_nondeterminism(console) if train.deterministic and pace.first else nullcontext(),
+            own_time.step(data.waited_s, sampled=_is_due(run.step + 1, train.log_every, run.steps)),
+        ):
             loss, grad_norm = train_step(parallel, data, number=run.step, **settings)
         if run.average:
             run.average.update(run.step)
@@ -213,7 +220,14 @@ def _train(
         if log_due or eval_due or save_due:
             skipped, streak = _check_steps(run)
         if log_due:
-            trackers.log(_train_record(run, distributed.all_reduce_sum(loss.clone()), lr, grad_norm, skipped, pace))
+            loss = distributed.all_reduce_sum(loss.clone())
+            record = _train_record(run, loss, lr, grad_norm, skipped, pace)
+            if world.size > 1:
+                mine = torch.tensor(own_time.take(), dtype=torch.float64, device=world.device)
+                record["slowest"] = slowest(distributed.stack_ranks(mine).tolist())
+            trackers.log(record)
+            if world.size > 1 and (line := slow.notice(record["slowest"])):
+                console.line(line)
         if eval_due:
             with pace.paused():
                 score_val()

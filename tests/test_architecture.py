@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ORDER = (
-    "errors", "schema", "config", "distributed", "heartbeat", "cli", "preempt", "seeding", "user_code",
+    "errors", "schema", "config", "stragglers", "distributed", "heartbeat", "cli", "preempt", "seeding", "user_code",
     "data", "data.labels", "data.images", "data.masks", "data.layouts", "data.datasets", "data.cache",
     "data.transforms", "data.samplers", "data.loaders", "data.inspection",
     "models.layers", "models.custom", "models.fcn_resnet", "models.fcn_vgg", "models.linknet", "models.unet", "models",
