@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from fcn.engine import fit
 from fcn.errors import InputError
 from fcn.preempt import StopFlag
 from fcn.pretrained import load_pretrained
+from fcn.pulse import Pulse
 from fcn.run import Run, build_run
 
 NOT_SAVED, PREEMPTED = 74, 75
@@ -56,8 +58,10 @@ def main(argv: list[str], world: World) -> int:
     describe_cache(run, console)
     for note in notes:
         console.line(f"note: {config.model.name}: {note}")
-    summary = fit(run, console, trackers, stop)
-    trackers.close(summary)
+    with Pulse(run.folder, world, distributed.gather(time.time())[0], run.steps) as pulse:
+        summary = fit(run, console, trackers, stop, pulse)
+        trackers.close(summary)
+        pulse.state = summary["status"]
     for what in summary["unsaved"]:
         console.line(f"error: {summary['status']} at step {run.step}/{run.steps}, but not saved: {what}")
     if summary["unsaved"]:

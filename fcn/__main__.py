@@ -20,6 +20,7 @@ from fcn.errors import InputError
 from fcn.evaluation import evaluate
 from fcn.inference import load_trained
 from fcn.predictions import Files, plan, predict_files
+from fcn.status import status
 
 EVALUATE = """Score a checkpoint on a split, each image once, by default whole and at native label size.
 
@@ -47,6 +48,15 @@ Every fault is named at the end, one line each. Exit status: 0 no faults, 2 faul
 COMPARE = """Runs side by side: how their configs differ, how far they are, what they score.
 
     python -m fcn compare runs/linknet-camvid runs/unet-camvid
+"""
+
+STATUS = """What a run is doing, live or dead, from the outside: its folder is read, nothing of it is touched.
+
+    python -m fcn status runs/quickstart
+    watch -n 10 python -m fcn status runs/voc
+
+Each rank of a run writes a sign of life every ten seconds. Exit status: 0 the run goes on, is finished or has left
+after saving; 1 it is dead, has failed, or a rank holds the others up.
 """
 
 
@@ -78,6 +88,9 @@ def main(argv: list[str], world: World) -> int:
     command = commands.add_parser("compare", description=COMPARE, help="runs side by side")
     command.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders that training made")
     command.set_defaults(run=compare_command)
+    command = commands.add_parser("status", description=STATUS, help="what a live or dead run is doing")
+    command.add_argument("run_dir", metavar="RUN_DIR", help="folder that training made")
+    command.set_defaults(run=status_command)
     args = parser.parse_args(argv)
     return args.run(args, world)
 
@@ -157,6 +170,14 @@ def compare_command(args: argparse.Namespace, world: World) -> int:
     if world.rank == 0:
         print(text)
     return 0
+
+
+def status_command(args: argparse.Namespace, world: World) -> int:
+    """Print what a run's folder says of it."""
+    text, well = distributed.together(lambda: status(Path(args.run_dir)))
+    if world.rank == 0:
+        print(text)
+    return 0 if well else 1
 
 
 if __name__ == "__main__":

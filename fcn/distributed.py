@@ -42,6 +42,8 @@ class World:
     device: torch.device
     launcher: str
     """torchrun, slurm or python."""
+    job: str | None = None
+    """SLURM's number of the job."""
 
 
 def read_place(environ: Mapping[str, str]) -> tuple[int, int, int, str]:
@@ -112,7 +114,7 @@ def start(timeout_s: float = 1800) -> World:
             timeout=datetime.timedelta(seconds=timeout_s),
             device_id=device if nccl else None,
         )
-    return World(rank, size, local_rank, device, launcher)
+    return World(rank, size, local_rank, device, launcher, os.environ.get("SLURM_JOB_ID"))
 
 
 def _agree_on_group(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:

@@ -27,6 +27,7 @@ from fcn.losses import Criterion
 from fcn.models.layers import SampleKeys, SyncBatchNorm2d
 from fcn.optim import learning_rate, set_learning_rate
 from fcn.preempt import StopFlag
+from fcn.pulse import Pulse
 from fcn.run import DTYPES, Numerics, Run
 from fcn.stragglers import WAITS, OwnTime, Watch, slowest
 from fcn.tracking import Console, Record, Trackers, score_table, write_atomically
@@ -141,7 +142,7 @@ def score(
     return record
 
 
-def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Record:
+def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag, pulse: Pulse | None = None) -> Record:
     """Train from `run.step` to the end or to a signal, and return the summary.
 
     A signal during an evaluation leaves that one out; the resumed run begins with it.
@@ -150,7 +151,7 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag) -> Recor
     trace = run.folder / "profile" / f"step_{run.step:08d}_rank_{run.world.rank}.json.gz"
     try:
         with accounting.profiler(run.config.train.profile, trace, console.line) as profiler:
-            scored = _train(run, saver, console, trackers, stop, profiler.step)
+            scored = _train(run, saver, console, trackers, stop, profiler.step, pulse)
         final = _finish(run, scored, console, trackers, stop)
         return _summary(run, "finished", saver, console, trackers, final)
     except Stopped:
@@ -167,6 +168,7 @@ def _train(
     trackers: Trackers,
     stop: StopFlag,
     after_step: Callable[[], None],
+    pulse: Pulse | None,
 ) -> nn.Module:
     """The steps that are left, with their evaluations and saves; returns the network to be scored."""
     config, world, train = run.config, run.world, run.config.train
@@ -207,6 +209,8 @@ def _train(
             run.average.update(run.step)
         run.step += 1
         after_step()
+        if pulse:
+            pulse.step = run.step
         pace.step(data.waited_s)
         last = run.step == run.steps
         run.replaced += data.replaced
@@ -222,8 +226,11 @@ def _train(
         if log_due:
             loss = distributed.all_reduce_sum(loss.clone())
             record = _train_record(run, loss, lr, grad_norm, skipped, pace)
+            times = own_time.take()
+            if pulse:
+                pulse.own_s, pulse.data_s = times
             if world.size > 1:
-                mine = torch.tensor(own_time.take(), dtype=torch.float64, device=world.device)
+                mine = torch.tensor(times, dtype=torch.float64, device=world.device)
                 record["slowest"] = slowest(distributed.stack_ranks(mine).tolist())
             trackers.log(record)
             if world.size > 1 and (line := slow.notice(record["slowest"])):
