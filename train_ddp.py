@@ -9,13 +9,11 @@ Exit status: 0 finished, 2 the input is at fault, 74 the last state could not be
 from __future__ import annotations
 
 import contextlib
-import math
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch
 
 from fcn import checkpoint, cli, distributed, tracking
 from fcn.config import Config, load_config, save_config, to_dict
@@ -28,6 +26,7 @@ from fcn.preempt import StopFlag
 from fcn.pretrained import load_pretrained
 from fcn.pulse import Pulse
 from fcn.run import Run, build_run
+from fcn.screens import end_screen, start_screen
 
 NOT_SAVED, PREEMPTED = 74, 75
 """Exit statuses: EX_IOERR and EX_TEMPFAIL of sysexits.h."""
@@ -54,7 +53,7 @@ def main(argv: list[str], world: World) -> int:
             cached.finished()
         return 0
     trackers = distributed.together(lambda: open_trackers(run, console))
-    describe(run, console)
+    console.line(start_screen(run, distributed.gather(socket.gethostname())))
     describe_cache(run, console)
     for note in notes:
         console.line(f"note: {config.model.name}: {note}")
@@ -71,8 +70,7 @@ def main(argv: list[str], world: World) -> int:
         return PREEMPTED
     if cached:
         cached.finished()
-    score = f"mIoU {summary['miou']:.4f} on {summary['split']} ({summary['images']} images)"
-    console.line(f"finished: {score}; pictures in {run.folder / 'pictures'}")
+    console.line(end_screen(run, summary))
     return 0
 
 
@@ -171,26 +169,18 @@ def open_trackers(run: Run, console: tracking.Console) -> tracking.Trackers:
         trackers.add(lambda: console)
         trackers.add(lambda: tracking.JsonLines(metrics, console.line))
         if wandb.mode != "disabled":
-            trackers.add(
-                lambda: tracking.WandB(wandb.mode, wandb.project, run.folder, run.tracker_id, to_dict(run.config))
+            start = weights_and_biases.Start(
+                **to_dict(wandb),
+                run_dir=run.folder,
+                run_id=run.tracker_id,
+                config=to_dict(run.config),
+                environment=weights_and_biases.environment(run.world),
+                records=tracking.read_records(metrics),
+                program=sys.argv[0],
+                trainer=os.getpid(),
             )
+            trackers.add(lambda: weights_and_biases.WandB(start, console.line))
     return trackers
-
-
-def describe(run: Run, console: tracking.Console) -> None:
-    """What runs where, in three lines."""
-    config, world = run.config, run.world
-    parameters = sum(p.numel() for p in run.model.parameters())
-    low, high = config.train.batch_size // world.size, math.ceil(config.train.batch_size / world.size)
-    share = str(low) if low == high else f"{low} or {high}"
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    on = f"{world.size} x {device} ({world.launcher})"
-    sizes = ", ".join(f"{name} {len(split)}" for name, split in run.splits.items())
-    classes = len(run.train_split.classes)
-    batch = f"global batch {config.train.batch_size} = {world.size} processes x {share} images"
-    console.line(f"{config.model.name}, {parameters:,} parameters, {config.train.precision}, on {on}")
-    console.line(f"{config.data.name} from {config.data.root}: {sizes} images, {classes} classes")
-    console.line(f"{batch}, {run.steps} steps, in {run.folder}")
 
 
 def describe_cache(run: Run, console: tracking.Console) -> None:

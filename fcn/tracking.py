@@ -10,7 +10,6 @@ import atexit
 import contextlib
 import json
 import math
-import netrc
 import os
 import sys
 import threading
@@ -18,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -57,6 +55,9 @@ class Tracker(Protocol):
 
     def show(self, scores: Scores) -> None:
         """After the record of an evaluation."""
+
+    def alert(self, title: str, text: str) -> None:
+        """Something that who started the run may want to know at once."""
 
     def flush(self) -> str | None:
         """Write what is still to be written; returns what cannot be, and why."""
@@ -160,18 +161,22 @@ class Console:
     def show(self, scores: Scores) -> None:
         pass  # it has no pictures
 
+    def alert(self, title: str, text: str) -> None:
+        pass  # what happened has its own line
+
     def log(self, record: Record) -> None:
         if record["event"] == "train":
+            # What matters most comes first: a terminal of 80 columns shows no more than a progress line has room for.
             parts = (
                 f"step {record['step']}/{record['steps']}",
-                f"epoch {record['epoch']:.2f}",
                 "loss not finite" if record["loss"] is None else f"loss {record['loss']:.4f}",
-                f"lr {record['lr']:.2e}",
                 f"{record['images_per_s']:.1f} images/s",
+                f"ETA {duration(record['eta_s'])}",
                 f"data wait {record['data_wait']:.0%}",
                 *([f"save wait {record['save_wait']:.0%}"] if record.get("save_wait", 0) >= 0.005 else []),
+                f"lr {record['lr']:.2e}",
+                f"epoch {record['epoch']:.2f}",
                 *([f"{record['of_peak']:.0%} of peak"] if "of_peak" in record else []),
-                f"ETA {duration(record['eta_s'])}",
             )
             self.progress("  ".join(parts))
         elif record["event"] == "replaced":
@@ -208,6 +213,9 @@ class JsonLines:
     def show(self, scores: Scores) -> None:
         pass  # what it needs is in the record
 
+    def alert(self, title: str, text: str) -> None:
+        pass  # nobody reads along
+
     def flush(self) -> str | None:
         reason = self.file.flush()
         return self._problem(reason) if reason else None
@@ -218,49 +226,6 @@ class JsonLines:
     def close(self, summary: Record) -> None:
         self.flush()
         self.file.close()
-
-
-class WandB:
-    """Weights & Biases, one run across restarts: `run_id` comes from the checkpoint."""
-
-    def __init__(self, mode: str, project: str, run_dir: Path, run_id: str, config: Record) -> None:
-        import wandb
-
-        if mode == "auto":
-            mode = "online" if wandb_credentials() else "offline"
-        self.run = wandb.init(
-            project=project, id=run_id, name=run_dir.name, dir=str(run_dir), config=config, mode=mode, resume="allow",
-            settings=wandb.Settings(silent=True, console="off"),
-        )  # fmt: skip
-
-    def log(self, record: Record) -> None:
-        prefix = record["split"] if record["event"] == "eval" else "train"
-        values = {f"{prefix}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
-        if "faults" in record:
-            values["train/replaced"] = len(record["faults"])
-        values |= {f"{prefix}/iou/{name}": value for name, value in record.get("iou", {}).items() if value is not None}
-        self.run.log({**values, "step": record["step"]})
-
-    def show(self, scores: Scores) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass  # it has a process for that
-
-    def close(self, summary: Record) -> None:
-        self.run.summary.update({key: value for key, value in summary.items() if isinstance(value, int | float | str)})
-        self.run.finish(exit_code=0 if summary["status"] == "finished" else 1)
-
-
-def wandb_credentials() -> bool:
-    """Whether W&B can log in without asking: a key in the environment, or in netrc, where `wandb login` writes it."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc").authenticators(host or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 class Trackers:
@@ -278,6 +243,9 @@ class Trackers:
 
     def show(self, scores: Scores) -> None:
         self._each(lambda tracker: tracker.show(scores))
+
+    def alert(self, title: str, text: str) -> None:
+        self._each(lambda tracker: tracker.alert(title, text))
 
     def _each(self, action: Callable[[Tracker], None]) -> None:
         for tracker in list(self.trackers):
