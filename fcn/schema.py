@@ -74,7 +74,9 @@ def read_yaml(path: Path, problems: list[str]) -> Section:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such config file; give a YAML file, such as configs/quickstart.yaml") from None
+        close = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.y*ml")], n=1)
+        hint = f"did you mean {path.with_name(close[0])}?" if close else "such as configs/quickstart.yaml"
+        raise InputError(f"{path}: no such config file; give a YAML file, {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); give a YAML file in UTF-8") from None
     tree = _parse(text, str(path), "", problems)
@@ -204,7 +206,11 @@ def _build(cls: type, tree: Section, prefix: str, context: _Context) -> Any:
                 )
             except ValueError:
                 shown = "a section" if isinstance(found, Section) else show(found.value)
-                spelling = "" if isinstance(found, Section) else _number_hint(hint, found.value)
+                spelling = (
+                    ""
+                    if isinstance(found, Section)
+                    else _number_hint(hint, found.value) or _word_hint(hint, found.value)
+                )
                 problems.append(f"{found.where}: {key}: found {shown}; accepted: {_accepted(hint)}{spelling}")
         elif required:
             problems.append(f"{source}: {key}: missing; accepted: {_accepted(hint)}")
@@ -287,6 +293,18 @@ def _number_hint(hint: Any, value: Any) -> str:
         except ValueError:
             continue
     return ""
+
+
+def _word_hint(hint: Any, value: Any) -> str:
+    """The accepted word that a wrong one looks like."""
+    close = difflib.get_close_matches(value, _words(hint), n=1, cutoff=0.5) if isinstance(value, str) else []
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _words(hint: Any) -> list[str]:
+    """The words that an annotation lists."""
+    args = typing.get_args(hint)
+    return list(args) if typing.get_origin(hint) is Literal else [word for arg in args for word in _words(arg)]
 
 
 def _nearest(key: str, prefix: str, known: Mapping[str, Any], all_keys: list[str]) -> str:
