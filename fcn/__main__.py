@@ -1,11 +1,13 @@
-"""Commands beside training: `python -m fcn check`, `evaluate`, `predict` and `compare`."""
+"""Commands beside training: `python -m fcn check`, `evaluate`, `predict`, `compare`, `report` and `status`."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +19,19 @@ from fcn.data.datasets import build_dataset
 from fcn.data.layouts import mask_suffix
 from fcn.distributed import World
 from fcn.errors import InputError
-from fcn.evaluation import evaluate
+from fcn.evaluation import draw_scores, evaluate
 from fcn.inference import load_trained
 from fcn.predictions import Files, plan, predict_files
+from fcn.report import write_report
 from fcn.status import status
 
 EVALUATE = """Score a checkpoint on a split, each image once, by default whole and at native label size.
 
-    python -m fcn evaluate --checkpoint runs/quickstart --split val --json scores.json
+    python -m fcn evaluate --checkpoint runs/quickstart --split val --json scores.json --pictures out
     torchrun --nproc_per_node=8 -m fcn evaluate --checkpoint runs/voc/checkpoints/best.pt eval.flip=true
+
+The pictures are a heat map of the confusion matrix and, of eval.pictures images each, panels of images spread over the
+split and of those with the lowest scores.
 """
 PREDICT = """Write the classes of every pixel of images as palette PNGs, and overlays to look at.
 
@@ -50,6 +56,13 @@ COMPARE = """Runs side by side: how their configs differ, how far they are, what
     python -m fcn compare runs/linknet-camvid runs/unet-camvid
 """
 
+REPORT = """Write RUN_DIR/report.html, as training does at its end: a run on one page, which opens from any file share.
+
+    python -m fcn report runs/quickstart
+
+It is made from the folder alone, whether the run goes on, is finished or dead, and holds its pictures.
+"""
+
 STATUS = """What a run is doing, live or dead, from the outside: its folder is read, nothing of it is touched.
 
     python -m fcn status runs/quickstart
@@ -72,6 +85,7 @@ def main(argv: list[str], world: World) -> int:
     _add_checkpoint(command)
     command.add_argument("--split", help="split of the data set; default: the config's data.val")
     command.add_argument("--json", metavar="FILE", help="write scores and confusion matrix")
+    command.add_argument("--pictures", metavar="DIR", help="draw heat map, images, and images with the lowest scores")
     command.add_overrides()
     command.set_defaults(run=evaluate_command)
     command = commands.add_parser("predict", description=PREDICT, help="label images")
@@ -88,6 +102,9 @@ def main(argv: list[str], world: World) -> int:
     command = commands.add_parser("compare", description=COMPARE, help="runs side by side")
     command.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders that training made")
     command.set_defaults(run=compare_command)
+    command = commands.add_parser("report", description=REPORT, help="a live or dead run on one page")
+    command.add_argument("run_dir", metavar="RUN_DIR", help="folder that training made")
+    command.set_defaults(run=report_command)
     command = commands.add_parser("status", description=STATUS, help="what a live or dead run is doing")
     command.add_argument("run_dir", metavar="RUN_DIR", help="folder that training made")
     command.set_defaults(run=status_command)
@@ -111,13 +128,19 @@ def evaluate_command(args: argparse.Namespace, world: World) -> int:
     """Build the checkpoint's network and data, score one split, print and perhaps write the result."""
 
     def check_output() -> None:
-        if not args.json or world.rank != 0:
+        if world.rank != 0:
             return
-        path = Path(args.json).resolve()
-        if not path.parent.is_dir():
-            raise InputError(f"--json {args.json}: no such folder; make it first")
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise InputError(f"--json {args.json}: cannot be written; give a file in a folder that you may write to")
+        if args.json:
+            path = Path(args.json).resolve()
+            if not path.parent.is_dir():
+                raise InputError(f"--json {args.json}: no such folder; make it first")
+            if path.is_dir() or not os.access(path.parent, os.W_OK):
+                raise InputError(
+                    f"--json {args.json}: cannot be written; give a file in a folder that you may write to"
+                )
+        if args.pictures:
+            with _writing(f"--pictures {args.pictures}"):
+                Path(args.pictures).mkdir(parents=True, exist_ok=True)
 
     distributed.together(check_output)
     trained = distributed.together(lambda: load_trained(args.checkpoint, args.overrides, world.device))
@@ -136,7 +159,21 @@ def evaluate_command(args: argparse.Namespace, world: World) -> int:
         if args.json:
             result = {**record, "checkpoint": args.checkpoint, "confusion_matrix": found.matrix.counts.tolist()}
             tracking.write_atomically(Path(args.json), json.dumps(result, indent=1) + "\n")
+        if args.pictures:
+            with _writing(f"--pictures {args.pictures}"):
+                draw_scores(
+                    found, split, trained.step, trained.model, dataset, config, trained.numerics, Path(args.pictures)
+                )
     return 0
+
+
+@contextlib.contextmanager
+def _writing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{what}: cannot be written ({reason}); give a folder that you may write to") from None
 
 
 def predict_command(args: argparse.Namespace, world: World) -> int:
@@ -169,6 +206,18 @@ def compare_command(args: argparse.Namespace, world: World) -> int:
     text = distributed.together(lambda: compare([Path(folder) for folder in args.runs]))
     if world.rank == 0:
         print(text)
+    return 0
+
+
+def report_command(args: argparse.Namespace, world: World) -> int:
+    """Write a page from what a run's folder holds."""
+
+    def write() -> None:
+        if world.rank == 0:
+            with _writing(args.run_dir):
+                print(write_report(Path(args.run_dir)))
+
+    distributed.together(write)
     return 0
 
 

@@ -28,9 +28,10 @@ from fcn.models.layers import SampleKeys, SyncBatchNorm2d
 from fcn.optim import learning_rate, set_learning_rate
 from fcn.preempt import StopFlag
 from fcn.pulse import Pulse
+from fcn.report import resumes, versions, write_report
 from fcn.run import DTYPES, Numerics, Run
 from fcn.stragglers import WAITS, OwnTime, Watch, slowest
-from fcn.tracking import Console, Record, Trackers, score_table, write_atomically
+from fcn.tracking import Console, Record, Trackers, read_records, score_table, write_atomically
 
 
 def train_step(
@@ -363,8 +364,12 @@ def _finish(run: Run, model: nn.Module, console: Console, trackers: Trackers, st
     elif final is None or final["step"] != run.step:  # a resumed run whose train.steps was lowered
         final = score(run, model, run.config.data.val, trackers, stop, last=True)
     if run.world.rank == 0:
-        curves = run.folder / "pictures" / "curves.png"
-        trackers.attempt(lambda: pictures.curves(run.folder / "metrics.jsonl", curves), curves.name)
+        records, curves = run.folder / "metrics.jsonl", run.folder / "pictures" / "curves.png"
+
+        def draw() -> None:
+            pictures.save(pictures.curves(read_records(records), resumes(run.folder / "log.txt")), curves)
+
+        trackers.attempt(draw, curves.name)
         console.line(score_table(final))
     return final
 
@@ -372,7 +377,9 @@ def _finish(run: Run, model: nn.Module, console: Console, trackers: Trackers, st
 def _summary(
     run: Run, status: str, saver: BackgroundSaver, console: Console, trackers: Trackers, final: Record | None = None
 ) -> Record:
-    """summary.json: where the run stands, once everything is saved. The scores are those of the last step's weights.
+    """summary.json: where the run stands, once everything is saved; then report.html.
+
+    The scores are those of the last step's weights.
 
     "unsaved" names what could not be saved, on every rank.
     """
@@ -387,6 +394,7 @@ def _summary(
         **scores,
         "best": run.best,
         "unsaved": [*sorted(saver.unsaved.values()), *trackers.flush()],
+        "versions": versions(),
     }
     if run.world.rank == 0:
         path = run.folder / "summary.json"
@@ -395,6 +403,7 @@ def _summary(
         except OSError as error:
             summary["unsaved"].append(f"{path}: cannot be written ({error.strerror})")
             console.line(f"warning: {summary['unsaved'][-1]}; free space there or make it writable")
+        trackers.attempt(lambda: write_report(run.folder), "report.html")
     summary["unsaved"] = distributed.gather(summary["unsaved"])[0]
     return summary
 

@@ -127,18 +127,38 @@ def show_scores(
     write_atomically(folder / scores_name(split), json.dumps(kept) + "\n")
     samples = []
     if config.eval.pictures:
-        shown = min(config.eval.pictures, len(dataset))
         drawn = folder / "pictures"
-        drawn.mkdir(parents=True, exist_ok=True)
-        pictures.confusion(matrix, classes).save(drawn / f"{split}_confusion.png")
-        # Spread over the split: neighbours are often frames of one video.
-        spread = [i * len(dataset) // shown for i in range(shown)]
-        samples = label_images(model, dataset, spread, config, numerics)
-        pictures.panels(samples, classes).save(drawn / f"{split}_{record['step']:08d}.png")
-        if worst:
-            rows = label_images(model, dataset, found.worst(shown), config, numerics, found.image_miou)
-            pictures.panels(rows, classes).save(drawn / f"{split}_worst.png")
+        samples = draw_scores(found, split, record["step"], model, dataset, config, numerics, drawn, worst)
     return Scores(record, classes, matrix, samples)
+
+
+def draw_scores(
+    found: Evaluation,
+    split: str,
+    step: int,
+    model: nn.Module,
+    dataset: SegmentationDataset,
+    config: Config,
+    numerics: Numerics,
+    folder: Path,
+    worst: bool = True,
+) -> list[Sample]:
+    """Write the pictures of an evaluation into a folder, on one rank alone; returns the images that are always shown.
+
+    They are SPLIT_confusion.png and, of `eval.pictures` images each, SPLIT_STEP.png and SPLIT_worst.png.
+    """
+    classes, shown = dataset.classes, min(config.eval.pictures, len(dataset))
+    pictures.save(pictures.confusion(found.matrix.counts.numpy(), classes), folder / f"{split}_confusion.png")
+    if not shown:
+        return []
+    # Spread over the split: neighbours are often frames of one video.
+    spread = [i * len(dataset) // shown for i in range(shown)]
+    samples = label_images(model, dataset, spread, config, numerics, found.image_miou)
+    pictures.save(pictures.panels(samples, classes), folder / f"{split}_{step:08d}.png")
+    if worst:
+        rows = label_images(model, dataset, found.worst(shown), config, numerics, found.image_miou)
+        pictures.save(pictures.panels(rows, classes), folder / f"{split}_worst.png")
+    return samples
 
 
 def scores_name(split: str) -> str:
@@ -153,9 +173,9 @@ def label_images(
     indices: Iterable[int],
     config: Config,
     numerics: Numerics,
-    scores: torch.Tensor | None = None,
+    scores: torch.Tensor,
 ) -> list[Sample]:
-    """Images of a split with the network's classes, captioned with their names, and their `scores` if given."""
+    """Images of a split with the network's classes, captioned with their names and `scores`, a mIoU for each index."""
     samples = []
     was_training = model.training
     model.eval()
@@ -164,7 +184,8 @@ def label_images(
             image, mask = _eval_transform(config)(*dataset.read(index))
             batch = torch.from_numpy(np.array(image))[None].to(numerics.device)
             classes = predict(model, batch, (mask.height, mask.width), numerics, Views.of(config.eval))[0]
-            caption = dataset.name(index) + ("" if scores is None else f"   mIoU {scores[index]:.4f}")
+            score = "" if scores[index].isnan() else f"   mIoU {scores[index]:.4f}"
+            caption = dataset.name(index) + score
             samples.append(Sample(np.asarray(image), np.asarray(mask), classes.cpu().numpy(), caption))
     finally:  # rank 0 alone in evaluation mode would leave the other ranks waiting for its statistics
         model.train(was_training)

@@ -1,13 +1,11 @@
-import json
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from fcn.data.labels import SHAPES, VOC, Classes
-from fcn.pictures import CELL, GAP, IGNORE_COLOUR, colourise, curves, panels
+from fcn.pictures import CELL, CURVES, ERROR_COLOUR, GAP, IGNORE_COLOUR, colourise, curves, panels
 
 RED, GREEN, BLUE = (200, 10, 20), (30, 190, 40), (50, 60, 210)
 CLASSES = Classes(("red", "green", "blue"), (RED, GREEN, BLUE))
@@ -23,8 +21,8 @@ def count(picture: Image.Image, colour: tuple[int, int, int]) -> int:
 
 
 def columns(sheet: Image.Image) -> list[Image.Image]:
-    """The sheet cut at the middle of the gaps between image, label and prediction."""
-    cuts = [0, CELL + 3 * GAP // 2, 2 * CELL + 5 * GAP // 2, sheet.width]
+    """The sheet cut at the middle of the gaps between image, label, prediction and errors."""
+    cuts = [0, *(n * (CELL + GAP) + GAP // 2 for n in (1, 2, 3)), sheet.width]
     return [sheet.crop((left, 0, right, sheet.height)) for left, right in pairwise(cuts)]
 
 
@@ -56,16 +54,17 @@ def test_the_ignore_colour_is_no_class(classes):
 )
 def test_image_label_and_prediction_stand_side_by_side_at_the_size_of_a_cell(height, width, area):
     labels, predictions = np.full((height, width), 1, np.uint8), np.full((height, width), 2, np.int64)
-    image, label, prediction = columns(panels([(photo(height, width), labels, predictions, "")], CLASSES))
+    image, label, prediction, errors = columns(panels([(photo(height, width), labels, predictions, "")], CLASSES))
     assert count(image, PHOTO) == area
     assert count(label, GREEN) == area
     assert count(prediction, BLUE) == area
     assert count(label, BLUE) == count(prediction, GREEN) == 0
+    assert count(errors, ERROR_COLOUR) == area
 
 
 def test_labels_keep_their_place_and_get_no_mixed_colours():
     labels = np.array([[0, 1], [2, 255]], np.uint8)
-    _, label, _ = columns(panels([(photo(2, 2), labels, np.zeros((2, 2), np.uint8), "")], CLASSES))
+    _, label, *_ = columns(panels([(photo(2, 2), labels, np.zeros((2, 2), np.uint8), "")], CLASSES))
     pixels = np.asarray(label)
     ys, xs = {}, {}
     for colour in (RED, GREEN, BLUE, IGNORE_COLOUR):
@@ -98,7 +97,7 @@ def test_rows_of_mixed_sizes_stand_below_each_other():
         labels = np.full((height, width), label, np.uint8)
         return photo(height, width), labels, labels, f"{height}x{width}"
 
-    _, label, _ = columns(panels([row(40, 80, 0), row(80, 40, 1), row(30, 30, 2)], CLASSES))
+    _, label, *_ = columns(panels([row(40, 80, 0), row(80, 40, 1), row(30, 30, 2)], CLASSES))
     assert [count(label, colour) for colour in (RED, GREEN, BLUE)] == [CELL**2 // 2, CELL**2 // 2, CELL**2]
     pixels = np.asarray(label)
     spans = [np.nonzero((pixels == colour).all(axis=2).any(axis=1))[0] for colour in (RED, GREEN, BLUE)]
@@ -114,37 +113,73 @@ def evaluation(step: int, split: str, miou: float | None) -> dict:
     return {"event": "eval", "step": step, "split": split, "miou": miou}
 
 
-def draw(folder: Path, records: list[dict]) -> np.ndarray:
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    curves(folder / "metrics.jsonl", folder / "curves.png")
-    with Image.open(folder / "curves.png") as picture:
-        assert picture.format == "PNG"
-        return np.asarray(picture.convert("RGB"))
+def draw(records: list[dict], resumed: tuple[int, ...] = ()) -> np.ndarray:
+    return np.asarray(curves(records, resumed))
 
 
-@pytest.fixture(scope="module")
-def axes_only(tmp_path_factory) -> np.ndarray:
-    return draw(tmp_path_factory.mktemp("empty"), [])
+def quarters(picture: np.ndarray) -> dict[str, np.ndarray]:
+    """By what is drawn in them."""
+    height, width = picture.shape[0] // 2, picture.shape[1] // 2
+    corners = [(top, left) for top in (0, height) for left in (0, width)]
+    return {key: picture[y : y + height, x : x + width] for key, (y, x) in zip(CURVES, corners, strict=True)}
 
 
-def test_curves_of_a_run_without_records_are_empty_axes(axes_only):
-    assert axes_only.std() > 0
+def changed(one: list[dict], other: list[dict]) -> set[str]:
+    """The curves that differ."""
+    pairs = zip(quarters(draw(one)).items(), quarters(draw(other)).values(), strict=True)
+    return {key for (key, drawn), also in pairs if not np.array_equal(drawn, also)}
 
 
-@pytest.mark.parametrize(
-    "records",
-    [
-        pytest.param(
-            [
-                *map(train, (10, 20, 30)),
-                evaluation(20, "val", None),
-                evaluation(30, "val", 0.4),
-                evaluation(30, "test", 0.3),
-            ],
-            id="run",
-        ),
-        pytest.param([train(10), evaluation(10, "val", None)], id="one step and no score"),
-    ],
-)
-def test_curves_are_drawn(tmp_path, axes_only, records):
-    assert not np.array_equal(draw(tmp_path, records), axes_only)
+def test_each_curve_has_a_quarter_of_its_own():
+    steps = [train(10), train(20), evaluation(20, "val", 0.4)]
+    for key in ("loss", "lr", "images_per_s"):
+        assert changed(steps, [{**steps[0], key: steps[0][key] * 0.9}, *steps[1:]]) == {key}
+    assert changed(steps, [*steps[:2], evaluation(20, "val", 0.3)]) == {"miou"}
+
+
+def reds(picture: np.ndarray) -> int:
+    """Pixels of the marks of values that are not finite."""
+    return int(((picture[..., 0] > 200) & (picture[..., 1:] < 150).all(axis=2)).sum())
+
+
+def test_losses_that_are_not_finite_are_a_gap_and_marked():
+    steps = [*map(train, range(1, 41))]
+    cut = [{**record, "loss": None} if 10 <= record["step"] < 30 else record for record in steps]
+    whole, gap = (quarters(draw(records))["loss"] for records in (steps, cut))
+    assert reds(whole) == 0
+    assert reds(gap) > 20
+    assert blues(gap) < blues(whole)
+
+
+def blues(picture: np.ndarray) -> int:
+    """Pixels of the first curve."""
+    return int((picture == (31, 119, 180)).all(axis=2).sum())
+
+
+@pytest.mark.parametrize("records", [1, 10_000])
+def test_curves_of_one_record_and_of_many_can_be_seen(records):
+    drawn = quarters(draw([train(step) for step in range(1, records + 1)]))
+    assert all(blues(drawn[key]) >= 4 for key in ("loss", "lr", "images_per_s"))
+
+
+def test_a_loss_that_was_never_finite_leaves_the_other_curves():
+    drawn = quarters(draw([{**train(step), "loss": None} for step in (1, 2, 3)] + [evaluation(3, "val", None)]))
+    assert reds(drawn["loss"]) > 0
+    assert blues(drawn["lr"]) > 0
+    assert blues(drawn["miou"]) == blues(drawn["loss"]) == 0
+
+
+def test_every_resume_is_a_line_in_all_curves():
+    steps = [*map(train, range(1, 41)), evaluation(40, "val", 0.5)]
+    plain, once, twice = (quarters(draw(steps, resumed)) for resumed in ((), (13,), (13, 27)))
+    assert [key for key in CURVES if np.array_equal(plain[key], once[key])] == []
+    assert [key for key in CURVES if np.array_equal(once[key], twice[key])] == []
+
+
+def test_the_best_score_has_a_star():
+    """It covers more than the dots of the curve, and stands at the best step."""
+    scores = [evaluation(10 * n, "val", 0.9 if n == 3 else 0.3) for n in range(1, 10)]
+    drawn = quarters(draw(scores))["miou"]
+    ys, _ = np.nonzero((drawn == (31, 119, 180)).all(axis=2))
+    rows = np.bincount(ys, minlength=len(drawn))
+    assert rows[: len(drawn) // 3].max() >= 8
