@@ -9,13 +9,14 @@ Exit status: 0 finished, 2 the input is at fault, 74 the last state could not be
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fcn import checkpoint, cli, distributed, tracking
+from fcn import checkpoint, cli, distributed, tracking, weights_and_biases
 from fcn.config import Config, load_config, save_config, to_dict
 from fcn.data.cache import CachedDataset, with_cache
 from fcn.data.datasets import SegmentationDataset, build_dataset

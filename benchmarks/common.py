@@ -176,6 +176,9 @@ class _Turns:
     def show(self, scores: Scores) -> None:
         pass
 
+    def alert(self, title: str, text: str) -> None:
+        pass
+
     def flush(self) -> None:
         pass
 

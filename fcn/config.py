@@ -413,6 +413,8 @@ class Wandb:
     """auto is online if W&B credentials are found, else offline; it never asks."""
     project: Text = "fcn"
     """W&B project."""
+    artifact: bool = False
+    """Whether best.pt is uploaded as an artifact when the run is finished."""
 
 
 @dataclass(slots=True, kw_only=True)

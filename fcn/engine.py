@@ -157,6 +157,7 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag, pulse: P
         return _summary(run, "finished", saver, console, trackers, final)
     except Stopped:
         run.save(saver)
+        trackers.alert("Stopped by a signal", f"{run.folder}: step {run.step}/{run.steps}; the same command continues")
         return _summary(run, "preempted", saver, console, trackers)
     finally:
         saver.wait()  # whatever ends the run, a save that was begun is completed
@@ -195,7 +196,7 @@ def _train(
         score_val()  # a signal kept the run from it
     for data in _training_data(run, stop):
         if data.stop:
-            _check_steps(run)
+            _check_steps(run, trackers)
             raise Stopped
         lr = learning_rate(run.step, run.steps, config.optim)
         set_learning_rate(run.optimizer, lr)
@@ -223,7 +224,7 @@ def _train(
             for every in (train.log_every, config.eval.every, config.checkpoint.every)
         )
         if log_due or eval_due or save_due:
-            skipped, streak = _check_steps(run)
+            skipped, streak = _check_steps(run, trackers)
         if log_due:
             loss = distributed.all_reduce_sum(loss.clone())
             record = _train_record(run, loss, lr, grad_norm, skipped, pace)
@@ -408,7 +409,7 @@ def _summary(
     return summary
 
 
-def _check_steps(run: Run) -> tuple[int, int]:
+def _check_steps(run: Run, trackers: Trackers) -> tuple[int, int]:
     """Look at the guard, which waits for the device.
 
     Returns:
@@ -423,6 +424,7 @@ def _check_steps(run: Run) -> tuple[int, int]:
     names = sorted({run.train_split.name(draw.index) for draw in _sampler(run).global_batch(tripped_at)})
     shown = ", ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
     good = checkpoint.list_checkpoints(run.checkpoints)
+    trackers.alert("The loss is not finite", f"{run.folder}: the run ended at step {tripped_at + 1}")
     raise InputError(
         f"step {tripped_at + 1}: the loss or the gradient was not finite, {run.guard.limit + 1} times in a row; the "
         f"images of that step are {shown}; lower optim.lr, lengthen optim.warmup or set train.grad_clip; "

@@ -6,8 +6,6 @@ import os
 import pty
 import re
 import struct
-import subprocess
-import sys
 import termios
 import threading
 from pathlib import Path
@@ -23,7 +21,6 @@ from fcn.tracking import (
     rewind_metrics,
     score_line,
     score_table,
-    wandb_credentials,
     write_atomically,
 )
 
@@ -241,6 +238,9 @@ class Recorder:
         if record["step"] in self.fails_at:
             raise OSError("disk full")
 
+    def alert(self, title, text) -> None:
+        self.asked.append(title)
+
     def close(self, summary) -> None:
         self.closed += 1
         if self.fails_to_close:
@@ -290,90 +290,6 @@ def test_a_tracker_that_cannot_close_does_not_keep_the_others_from_closing():
     trackers.close({"status": "finished"})
     assert other.closed == 1
     assert len(warnings) == 1
-
-
-# --- Weights & Biases
-
-
-def clean_environment(home: Path, **more: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "NETRC"))}
-    return kept | {"HOME": str(home)} | more
-
-
-WANDB_RUN = """
-import sys
-from pathlib import Path
-from fcn.tracking import WandB
-
-tracker = WandB(sys.argv[2], "fcn", Path(sys.argv[1]), "abcd1234", {"seed": 0})
-tracker.log({"event": "train", "step": 10, "loss": 0.5})
-tracker.log({"event": "eval", "step": 10, "split": "val", "miou": 0.25, "iou": {"road": 0.25, "sky": None}})
-tracker.close({"status": "finished", "step": 10, "miou": 0.25})
-"""
-
-
-def record_with_wandb(tmp_path, mode: str, **environment: str) -> Path:
-    """Returns the run directory."""
-    run_dir = tmp_path / "runs" / "quick"
-    run_dir.mkdir(parents=True)
-    done = subprocess.run(
-        [sys.executable, "-c", WANDB_RUN, run_dir, mode],
-        cwd=ROOT,
-        env=clean_environment(tmp_path, **environment),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    return run_dir
-
-
-def test_wandb_key_reaches_no_file_of_the_run_directory(tmp_path):
-    key = "5ec4e7" * 6 + "abcd"
-    run_dir = record_with_wandb(tmp_path, "offline", WANDB_API_KEY=key)
-    files = [path for path in run_dir.rglob("*") if path.is_file()]
-    assert any(path.suffix == ".wandb" for path in files)
-    assert [path for path in files if key.encode() in path.read_bytes()] == []
-
-
-def test_wandb_without_credentials_records_offline_and_asks_nothing(tmp_path):
-    run_dir = record_with_wandb(tmp_path, "auto")
-    (file,) = run_dir.glob("wandb/offline-run-*-abcd1234/run-abcd1234.wandb")
-    content = file.read_bytes()
-    for key in (b"train/loss", b"val/miou", b"val/iou/road", b"status"):
-        assert key in content
-    assert b"val/iou/sky" not in content
-
-
-NETRC = "machine {host}\n  login user\n  password 0123456789012345678901234567890123456789\n"
-
-
-@pytest.mark.parametrize(
-    ("netrc_name", "host", "key", "expected"),
-    [
-        pytest.param(None, None, None, False, id="nothing"),
-        pytest.param(None, None, "0123456789012345678901234567890123456789", True, id="key"),
-        pytest.param(None, None, "", False, id="empty key"),
-        pytest.param(".netrc", "api.wandb.ai", None, True, id="netrc in the home folder"),
-        pytest.param("elsewhere", "api.wandb.ai", None, True, id="netrc named by NETRC"),
-        pytest.param(".netrc", "example.org", None, False, id="netrc of another machine"),
-    ],
-)
-def test_wandb_credentials_are_a_key_or_a_netrc_entry(tmp_path, monkeypatch, netrc_name, host, key, expected):
-    for name in [name for name in os.environ if name.startswith(("WANDB_", "NETRC"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    if netrc_name:
-        file = tmp_path / netrc_name
-        file.write_text(NETRC.format(host=host))
-        file.chmod(0o600)
-        if netrc_name != ".netrc":
-            monkeypatch.setenv("NETRC", str(file))
-    if key is not None:
-        monkeypatch.setenv("WANDB_API_KEY", key)
-    assert wandb_credentials() is expected
 
 
 # --- text

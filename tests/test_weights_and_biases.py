@@ -1,0 +1,314 @@
+"""The process for W&B, without a trainer. What it recorded is read back by W&B's own reader."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fcn import weights_and_biases
+from fcn.data.labels import Classes
+from fcn.tracking import Record, Sample, Scores
+from fcn.weights_and_biases import Start, WandB, credentials, recorded_step, recordings, row
+
+RUN_ID = "abcd1234"
+CLASSES = Classes(("road", "sky"), ((128, 64, 128), (70, 130, 180)))
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch) -> None:
+    """No credentials, and nothing of W&B's in the user's folders."""
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "NETRC"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+
+
+def train_record(step: int, **more: object) -> Record:
+    return {"event": "train", "step": step, "steps": 100, "loss": 1 / step, "lr": 0.1, "skipped": 0} | more
+
+
+def eval_record(step: int, split: str = "val") -> Record:
+    return {"event": "eval", "step": step, "split": split, "miou": 0.25, "iou": {"road": 0.25, "sky": None}}
+
+
+def scores(step: int, side: int = 16, split: str = "val") -> Scores:
+    image = np.zeros((side, side, 3), np.uint8)
+    labels = np.zeros((side, side), np.uint8)
+    labels[0] = 255
+    sample = Sample(image, labels, np.ones((side, side), np.int64), f"{step}.png")
+    return Scores(eval_record(step, split), CLASSES, np.array([[3, 1], [0, 4]]), [sample, sample])
+
+
+def start(run_dir: Path, mode: str = "offline", records: list[Record] | None = None) -> Start:
+    return Start(mode, "fcn", run_dir, RUN_ID, {"seed": 0}, {"processes": 1}, records or [], False, "t.py", os.getpid())
+
+
+@contextlib.contextmanager
+def tracker(run_dir: Path, said: list[str], **options: object) -> Iterator[WandB]:
+    """One whose process is gone afterwards, without an end if the test gave it none."""
+    wandb = WandB(start(run_dir, **options), said.append)
+    try:
+        yield wandb
+    finally:
+        wandb._closed = True  # no waiting at the exit of the tests
+        if wandb._process:
+            wandb._process.kill()
+
+
+def finish(wandb: WandB) -> None:
+    wandb.close({"status": "finished", "step": 100, "miou": 0.25})
+
+
+def contents(run_dir: Path, kind: str) -> list[dict]:
+    """Of the records of a kind in all files of the run, by W&B's own reader."""
+    found = []
+    for file in recordings(run_dir, RUN_ID):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        found += [record[kind] for record in map(json.loads, lines) if record["type"] == kind]
+    return found
+
+
+def rows(run_dir: Path) -> list[dict]:
+    return [record["item"] for record in contents(run_dir, "history")]
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_records_of_a_step_are_one_row_with_pictures_and_tables(tmp_path):
+    said: list[str] = []
+    with tracker(tmp_path, said) as wandb:
+        for step in (1, 2, 3):
+            wandb.log(train_record(step, skipped=max(0, step - 1)))
+            if step == 2:
+                wandb.log(eval_record(2))
+                wandb.show(scores(2, side=1000))
+        wandb.alert("title", "text")
+        finish(wandb)
+    found = rows(tmp_path)
+    assert [item["_step"] for item in found] == [1, 2, 3]
+    assert [item["train/loss"] for item in found] == [1, 1 / 2, 1 / 3]
+    assert (found[1]["val/miou"], found[1]["val/iou/road"]) == (0.25, 0.25)
+    assert "val/iou/sky" not in found[1]
+    files = recordings(tmp_path, RUN_ID)[0].parent / "files"
+
+    def table(key: str) -> list:
+        return json.loads((files / found[1][f"{key}.path"]).read_text())["data"]
+
+    assert table("val/iou_table") == [["road", 0.25], ["sky", None]]
+    assert table("val/confusion_table") == [["road", 3, 1], ["sky", 0, 4]]
+    assert (files / found[1]["val/confusion.path"]).is_file()
+    panels = {key.removeprefix("val/panels."): value for key, value in found[1].items() if "val/panels" in key}
+    assert (panels["count"], panels["width"], panels["captions"]) == (2, weights_and_biases.SIDE, ["2.png"] * 2)
+    assert [sorted(masks) for masks in panels["all_masks"]] == [["ground truth", "prediction"]] * 2
+    assert (files / panels["all_masks"][1]["prediction"]["path"]).is_file()
+    alerts = [alert["title"] for alert in contents(tmp_path, "alert")]
+    assert sorted(alerts) == [weights_and_biases.SKIPPED, "title"], "skipped steps are told once"
+    assert [line for line in said if "warning" in line] == []
+    assert len(said) == 1
+    assert said[0].endswith(f"wandb sync {files.parent}")
+
+
+def test_the_next_start_sends_what_is_missing_and_nothing_twice(tmp_path):
+    """The first start is killed, loses the end of its file, and a part of what it sent is sent again."""
+    said: list[str] = []
+    records = [train_record(step) for step in range(1, 31)]
+    records.insert(20, eval_record(20))
+    with tracker(tmp_path, said) as wandb:
+        for record in records[:24]:
+            wandb.log(record)
+        wait_for(lambda: recorded_step(tmp_path, RUN_ID) >= 20)
+        wandb._process.kill()
+        wandb._process.wait()
+        wait_for(lambda: wandb._ended.is_set())
+        wandb.log(records[24])
+    assert [line for line in said if "ended" in line] == said
+    assert len(said) == 1
+    (file,) = recordings(tmp_path, RUN_ID)
+    whole = recorded_step(tmp_path, RUN_ID)
+    os.truncate(file, file.stat().st_size * 4 // 5)
+    assert 0 < recorded_step(tmp_path, RUN_ID) < whole
+    with tracker(tmp_path, said, records=records[:17]) as wandb:  # "a checkpoint at step 17"
+        for record in records[17:]:
+            wandb.log(record)
+        finish(wandb)
+    found = rows(tmp_path)
+    assert [item["_step"] for item in found] == list(range(1, 31))
+    assert [item["train/loss"] for item in found] == [1 / step for step in range(1, 31)]
+    assert [item["_step"] for item in found if "val/miou" in item] == [20]
+    assert len(recordings(tmp_path, RUN_ID)) == 2
+
+
+def test_a_stopped_run_keeps_its_last_step_for_the_next_start(tmp_path):
+    """A signal may keep a step from its evaluation, whose record belongs into the same row."""
+    said: list[str] = []
+    with tracker(tmp_path, said) as wandb:
+        for step in (1, 2):
+            wandb.log(train_record(step))
+        wandb.alert("Stopped by a signal", "step 2")
+        wandb.close({"status": "preempted", "step": 2})
+    assert [item["_step"] for item in rows(tmp_path)] == [1]
+    with tracker(tmp_path, said, records=[train_record(1), train_record(2)]) as wandb:
+        wandb.log(eval_record(2))
+        finish(wandb)
+    assert [(item["_step"], item.get("val/miou")) for item in rows(tmp_path)] == [(1, None), (2, 0.25)]
+    assert [alert["title"] for alert in contents(tmp_path, "alert")] == ["Stopped by a signal"]
+    assert [record["exit_code"] for record in contents(tmp_path, "exit")] == [1, 0]
+
+
+def test_a_process_that_is_stuck_delays_nothing_and_memory_stays_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights_and_biases, "MOST_WAITING", 50)
+    monkeypatch.setattr(weights_and_biases, "STOPPED_S", 1)
+    said: list[str] = []
+    with tracker(tmp_path, said) as wandb:
+        wait_for(lambda: wandb._process)
+        wandb._process.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        for step in range(1, 3001):
+            wandb.log(train_record(step))
+            wandb.show(scores(step))
+        assert wandb._queue.qsize() <= 50
+        wandb.close({"status": "preempted", "step": 3000})
+        assert time.monotonic() - began < 20
+        assert wandb._process.wait(20)
+    assert Counter("takes no more" in line for line in said)[True] == 1
+    assert len(said) <= 2
+
+
+def test_the_end_of_the_trainer_is_the_end_of_the_process(tmp_path):
+    """An error in the trainer, or its end by SIGKILL: the process writes what it was given, and W&B's service goes."""
+    program = f"""
+import os, signal, sys
+from pathlib import Path
+from tests.test_weights_and_biases import start, train_record
+from fcn.weights_and_biases import WandB
+tracker = WandB(start(Path({str(tmp_path)!r})), print)
+for step in range(1, 5):
+    tracker.log(train_record(step))
+while not tracker._queue.empty():
+    pass
+print("sent", flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=weights_and_biases.CHECKOUT
+    ) as trainer:
+        assert trainer.stdout.readline() == b"sent\n"
+        trainer.kill()
+    wait_for(lambda: recordings(tmp_path, RUN_ID) and contents(tmp_path, "exit"))
+    assert [item["_step"] for item in rows(tmp_path)] == [1, 2, 3]
+    wait_for(lambda: not processes_about(tmp_path))
+
+
+def processes_about(run_dir: Path) -> list[str]:
+    """Ids of the processes that keep W&B's data in this run directory."""
+    mark, found = f"WANDB_DATA_DIR={run_dir}".encode(), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in (folder / "environ").read_bytes():
+                found.append(folder.name)
+    return found
+
+
+def test_without_credentials_it_records_offline_and_the_key_reaches_no_file(tmp_path, monkeypatch):
+    said: list[str] = []
+    with tracker(tmp_path, said, mode="auto") as wandb:
+        wandb.log(train_record(1))
+        finish(wandb)
+    assert recordings(tmp_path, RUN_ID)[0].parent.name.startswith("offline-run-")
+    key = "5ec4e7" * 6 + "abcd"
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    with tracker(tmp_path, said) as wandb:
+        wandb.log(train_record(2))
+        finish(wandb)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(recordings(tmp_path, RUN_ID)) == 2
+    assert [path for path in files if key.encode() in path.read_bytes()] == []
+
+
+def test_the_config_says_what_runs_where_and_from_which_commit(tmp_path):
+    with tracker(tmp_path, []) as wandb:
+        finish(wandb)
+    written = {}
+    for record in contents(tmp_path, "config"):
+        written |= record["update"]
+    assert written["seed"] == 0
+    assert written["environment"]["processes"] == 1
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=weights_and_biases.CHECKOUT, capture_output=True, text=True, check=False
+    )
+    if head.returncode == 0:
+        assert written["git"]["fcn"]["commit"] == head.stdout.strip()
+        assert written["git"]["fcn"]["dirty"] in (True, False)
+
+
+def test_a_working_directory_of_another_repository_is_named_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "working_directory" not in weights_and_biases._repositories()
+    commands = (
+        ["init", "-q"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"],
+    )
+    for command in commands:
+        subprocess.run(["git", *command], check=True)
+    found = weights_and_biases._repositories()["working_directory"]
+    assert (found["dirty"], found["root"], len(found["commit"])) == (False, str(tmp_path), 40)
+    (tmp_path / "a").write_text("1")
+    subprocess.run(["git", "add", "a"], check=True)
+    assert weights_and_biases._repositories()["working_directory"]["dirty"]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (train_record(2), {"train/loss": 0.5, "train/lr": 0.1, "train/skipped": 0}),
+        (train_record(2, loss=None), {"train/lr": 0.1, "train/skipped": 0}),
+        (eval_record(2, "test"), {"test/miou": 0.25, "test/iou/road": 0.25}),
+        ({"event": "replaced", "step": 2, "epoch": 1, "faults": ["a", "b"]}, {"train/epoch": 1, "train/replaced": 2}),
+    ],
+)
+def test_a_row_has_the_numbers_of_a_record(record, expected):
+    assert row(record) == expected
+
+
+NETRC = "machine {host}\n  login user\n  password 0123456789012345678901234567890123456789\n"
+
+
+@pytest.mark.parametrize(
+    ("netrc_name", "host", "key", "expected"),
+    [
+        pytest.param(None, None, None, False, id="nothing"),
+        pytest.param(None, None, "0123456789012345678901234567890123456789", True, id="key"),
+        pytest.param(None, None, "", False, id="empty key"),
+        pytest.param(".netrc", "api.wandb.ai", None, True, id="netrc in the home folder"),
+        pytest.param("elsewhere", "api.wandb.ai", None, True, id="netrc named by NETRC"),
+        pytest.param(".netrc", "example.org", None, False, id="netrc of another machine"),
+    ],
+)
+def test_credentials_are_a_key_or_a_netrc_entry(tmp_path, monkeypatch, netrc_name, host, key, expected):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if netrc_name:
+        file = tmp_path / netrc_name
+        file.write_text(NETRC.format(host=host))
+        file.chmod(0o600)
+        if netrc_name != ".netrc":
+            monkeypatch.setenv("NETRC", str(file))
+    if key is not None:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    assert credentials() is expected
