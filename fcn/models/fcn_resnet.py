@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models import resnet18, segmentation
 
-from fcn.models.layers import ResNetTrunk, bilinear_upsampling
+from fcn.models.layers import ResNetTrunk, bilinear_upsampling, crop
 
 
 def fcn_resnet18(num_classes: int) -> nn.Module:
@@ -73,9 +73,8 @@ class FCNResNet18(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images (N, 3, H, W) float → logits (N, C, H, W)."""
-        height, width = images.shape[-2:]
         x = self.score(self.backbone(images)[-1])  # (N, C, ⌈H/32⌉, ⌈W/32⌉)
-        return self.upscore(x)[..., :height, :width]
+        return crop(self.upscore(x), images.shape[-2:])
 
 
 def _resize(scores: torch.Tensor, size: torch.Size) -> torch.Tensor:

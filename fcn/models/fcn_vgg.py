@@ -15,7 +15,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from fcn.models.layers import bilinear_upsampling, init_he
+from fcn.models.layers import HalvingMaxPool, bilinear_upsampling, crop, init_he
 
 STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
 """Per stage of VGG16: channels in units of the width, and the number of 3×3 convolutions before the pool."""
@@ -75,7 +75,7 @@ class VGGTrunk(nn.Module):
                 layers[f"conv{number}_{place}"] = nn.Conv2d(channels, multiple * width, 3, padding=padding)
                 layers[f"relu{number}_{place}"] = nn.ReLU(inplace=True)
                 channels = multiple * width
-            layers[f"pool{number}"] = nn.MaxPool2d(2, ceil_mode=True)
+            layers[f"pool{number}"] = HalvingMaxPool()
             stages.append(nn.Sequential(layers))
         self.stages = nn.ModuleList(stages)
         self.fc6 = nn.Conv2d(channels, 64 * width, 7, padding=fc6_padding)
@@ -124,11 +124,13 @@ class FCNVGG(nn.Module):
             x = self._fuse(self.upscore_fr(x), self.score_pool4(pool4), 5)
         if self.score_pool3 is not None:
             x = self._fuse(self.upscore_pool4(x), self.score_pool3(pool3), 9)
-        return _crop(self.upscore(x), images, self.crop)
+        return crop(self.upscore(x), images.shape[-2:], self.crop)
 
     def _fuse(self, scores: torch.Tensor, skip: torch.Tensor, offset: int) -> torch.Tensor:
         """The padding of 100 makes the skip the larger one, rounding up in `same` the upsampled scores."""
-        return scores + _crop(skip, scores, offset) if self.classic else _crop(scores, skip) + skip
+        if self.classic:
+            return scores + crop(skip, scores.shape[-2:], offset)
+        return crop(scores, skip.shape[-2:]) + skip
 
 
 class FCN8KITTI(nn.Module):
@@ -149,9 +151,9 @@ class FCN8KITTI(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images (N, 3, H, W) float → logits (N, C, H, W)."""
         pool3, pool4, fc7 = self.trunk(images)
-        x = _crop(self.up_pool4(self.score_fr(fc7)), pool4) + pool4
-        x = _crop(self.up_pool3(x), pool3) + pool3
-        return _crop(self.up(x), images)
+        x = crop(self.up_pool4(self.score_fr(fc7)), pool4.shape[-2:]) + pool4
+        x = crop(self.up_pool3(x), pool3.shape[-2:]) + pool3
+        return crop(self.up(x), images.shape[-2:])
 
 
 def _score(channels: int, num_classes: int) -> nn.Conv2d:
@@ -160,9 +162,3 @@ def _score(channels: int, num_classes: int) -> nn.Conv2d:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-def _crop(x: torch.Tensor, like: torch.Tensor, offset: int = 0) -> torch.Tensor:
-    """The window of x (N, C, h, w) that starts at `offset` and has the height and width of `like`."""
-    height, width = like.shape[-2:]
-    return x[..., offset : offset + height, offset : offset + width]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -207,6 +208,34 @@ def bilinear_upsampling(channels: int, factor: int, padding: int = 0) -> nn.Conv
         diagonal = torch.arange(channels)
         layer.weight[diagonal, diagonal] = (ramp[:, None] * ramp).to(layer.weight.dtype)
     return layer
+
+
+class HalvingMaxPool(nn.Module):
+    """Maximum over 2×2 pixels, (N, C, H, W) → (N, C, ⌈H/2⌉, ⌈W/2⌉): the last row and column of odd sizes are kept."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_exporting():
+            # What no symbolic size proves by itself: the last window begins inside.
+            for side in x.shape[-2:]:
+                torch._check(2 * ((side - 1) // 2) < side)
+        return F.max_pool2d(x, 2, ceil_mode=True)
+
+
+def crop(x: torch.Tensor, size: Sequence[int], offset: int = 0) -> torch.Tensor:
+    """The window of x (N, C, h, w) of height and width `size` that starts at row and column `offset`."""
+    return x.narrow(-2, offset, size[0]).narrow(-1, offset, size[1])
+
+
+def double(layer: nn.ConvTranspose2d, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """`layer(x, output_size=size)` for a layer of kernel 3, stride 2 and padding 1.
+
+    x (N, C, ⌈H/2⌉, ⌈W/2⌉) → (N, D, H, W), for size (H, W).
+    """
+    if not torch.compiler.is_exporting():
+        return layer(x, output_size=size)
+    # An exported program takes no branch on a size: the larger of both results, and of it what is needed.
+    larger = F.conv_transpose2d(x, layer.weight, layer.bias, stride=2, padding=1, output_padding=1)
+    return crop(larger, size)
 
 
 class ResNetTrunk(nn.Module):

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from fcn.models.layers import init_he
+from fcn.models.layers import HalvingMaxPool, double, init_he
 
 LEVELS = 5
 
@@ -42,6 +41,7 @@ class UNet(nn.Module):
         self.down = nn.ModuleList(
             _double_conv(before, after, norm) for before, after in zip([3, *widths], widths, strict=False)
         )
+        self.pool = HalvingMaxPool()
         self.up = nn.ModuleList(
             nn.ConvTranspose2d(below, here, 3, stride=2, padding=1)
             for here, below in zip(widths[-2::-1], widths[:0:-1], strict=True)
@@ -56,12 +56,12 @@ class UNet(nn.Module):
         x = images
         for level, block in enumerate(self.down):
             # Rounding up keeps the last row and column of odd sizes, which the way up can then reproduce.
-            x = block(F.max_pool2d(x, 2, ceil_mode=True) if level else x)  # (N, w·2^k, ⌈H/2^k⌉, ⌈W/2^k⌉)
+            x = block(self.pool(x) if level else x)  # (N, w·2^k, ⌈H/2^k⌉, ⌈W/2^k⌉)
             skips.append(x)
         skips.pop()
         for up, merge in zip(self.up, self.merge, strict=True):
             skip = skips.pop()
-            x = up(x, output_size=skip.shape[-2:])
+            x = double(up, x, skip.shape[-2:])
             x = merge(torch.cat([skip, x], dim=1))
         return self.classifier(x)
 
