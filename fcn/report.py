@@ -27,6 +27,8 @@ from fcn.config import flatten
 from fcn.data.labels import Classes, voc_palette
 from fcn.errors import InputError
 from fcn.evaluation import scores_name
+from fcn.pulse import read_signs
+from fcn.status import status
 from fcn.tracking import Record, duration, read_records, read_summary, write_atomically
 
 PICTURE_BYTES = 600_000
@@ -38,14 +40,10 @@ WORST = 20
 SCORES = {"miou": "mIoU", "pixel_acc": "pixel accuracy", "mean_acc": "mean accuracy", "fw_iou": "fw IoU"}
 STAMP = "%Y-%m-%d %H:%M:%S"
 """How a line of log.txt begins."""
-DESCRIBED = {
-    "network": re.compile(r"\S+, [\d,]+ parameters, \S+, on "),
-    "data": re.compile(r"\S+ from .* images, \d+ classes$"),
-    "batch": re.compile(r"global batch \d+ = "),
-}
-"""Lines of the log that say what ran where."""
-ROUTINE = re.compile(r"step \d+/\d+  |\S+ at step \d+ \(|\s|$")
-"""Lines of the log that are in the tables and curves: progress, scores."""
+DESCRIBED = re.compile(r"(model|on|data|images|batch|optim|steps) {2,}(\S.*)")
+"""Lines of the log that say what ran where, at every start."""
+ROUTINE = re.compile(r"step \d+/\d+  |\S+ at step \d+ \(|(?:model|data|images|batch|optim|steps) {2,}|\s|$")
+"""Lines of the log that are in the tables and curves: progress, scores, what ran."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5a6675; --paper: #fff; --line: #d8dee6; --bar: #3b78c3;
@@ -72,13 +70,17 @@ th { font-weight: 600 }
 .bar > span { display: block; height: 100%; background: var(--bar) }
 .swatch, .bar, .bar > span { print-color-adjust: exact; -webkit-print-color-adjust: exact }
 figure { margin: .6rem 0 } figure img { display: block; max-width: 100%; height: auto; background: #fff }
+.beside { display: flex; flex-wrap: wrap; gap: 0 2rem; align-items: flex-start }
+.beside > * { min-width: 0; max-width: 100% }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: .6rem }
 .curves figure { margin: 0 } .curves img { width: 100% }
 pre { margin: .4rem 0; overflow-x: auto; font-size: .85rem; line-height: 1.4; white-space: pre-wrap }
+pre.log { max-height: 28rem; overflow-y: auto }
 summary { cursor: pointer }
 @media (max-width: 46rem) { .wide img { max-width: none; width: 60rem } .bar { width: 3rem } }
 @media print { body { max-width: none; padding: 0; color: #000; background: #fff } figure, tr { break-inside: avoid }
-  h2, h3 { break-after: avoid } .scroll { overflow: visible } .wide img { max-width: 100%; width: auto } }
+  h2, h3 { break-after: avoid } .scroll, pre.log { max-height: none; overflow: visible }
+  .wide img { max-width: 100%; width: auto } }
 """
 
 
@@ -194,6 +196,7 @@ def _page(run: _Folder) -> str:
         *_head(run, name),
         *_results(run),
         *_curves(run, resumed),
+        *_class_scores(run),
         *(part for split in run.scores for part in _images(run, split)),
         *_facts(run, resumed),
         *_notes(run),
@@ -220,16 +223,26 @@ def _head(run: _Folder, name: str) -> Iterable[Markup]:
         step, steps = run.summary["step"], run.summary["steps"]
         shown = state
     else:
-        shown = "running, killed or crashed"
+        shown = _verdict(run.path)
     said = [f"step {step}" + (f" of {steps}" if steps else "")]
     if run.log:
         said += [f"started {run.log[0][0]}", f"last line of its log {run.log[-1][0]}"]
     yield tag("h1", name)
     if {"model.name", "data.name"} <= run.keys.keys():
         yield tag("p", f"{run.keys['model.name']} on {run.keys['data.name']}, in {run.path.resolve()}", class_="soft")
-    yield tag("p", tag("span", shown, class_=f"status {shown.split(',')[0]}"), f", {', '.join(said)}")
+    yield tag("p", tag("span", shown, class_=f"status {shown}" if shown == "finished" else "status"))
+    yield tag("p", "; ".join(said))
     for problem in run.summary.get("unsaved", ()):
         yield tag("p", f"not saved: {problem}", class_="status")
+
+
+def _verdict(folder: Path) -> str:
+    """What a run without a summary is doing while this is written."""
+    with contextlib.suppress(InputError, KeyError):  # no config, or records of an older program
+        if read_signs(folder):
+            text, _ = status(folder)
+            return text.splitlines()[0].removeprefix(f"{folder}: ")
+    return "running, killed or crashed"
 
 
 def _goes_on(run: _Folder, step: int) -> bool:
@@ -241,7 +254,7 @@ def _goes_on(run: _Folder, step: int) -> bool:
 
 
 def _results(run: _Folder) -> Iterable[Markup]:
-    """Scores of all splits, then of each class, and the heat maps."""
+    """Scores of all splits."""
     yield tag("h2", "Scores")
     if not run.scores:
         yield tag("p", "No split has been scored yet.")
@@ -254,11 +267,14 @@ def _results(run: _Folder) -> Iterable[Markup]:
     yield _table(head, rows)
     if best := _best(run):
         yield tag("p", best)
+
+
+def _class_scores(run: _Folder) -> Iterable[Markup]:
+    """Of each split: its classes, and the heat map."""
     for split, record in run.scores.items():
         yield tag("h2", f"Classes, {split}")
-        yield _class_table(record)
-        if "confusion_matrix" in record:
-            yield _heat_map(run, record)
+        shown = [_class_table(record), *([_heat_map(run, record)] if "confusion_matrix" in record else [])]
+        yield tag("div", *shown, class_="beside")
 
 
 def _heat_map(run: _Folder, record: Record) -> Markup:
@@ -292,7 +308,7 @@ def _class_table(record: Record) -> Markup:
     classes, matrix = _classes(record), np.array(record.get("confusion_matrix", []), np.float64)
     head: list[object] = ["class", "IoU"]
     if len(matrix):
-        head += [_number(name, "th") for name in ("precision", "recall", "of all pixels")]
+        head += [_number(name, "th") for name in ("precision", "recall", "share of labels")]
         with np.errstate(invalid="ignore", divide="ignore"):
             columns = matrix.diagonal() / matrix.sum(0), matrix.diagonal() / matrix.sum(1), matrix.sum(1) / matrix.sum()
     rows = []
@@ -338,7 +354,7 @@ def _images(run: _Folder, split: str) -> Iterable[Markup]:
     yield tag("h2", f"Images, {split}")
     if found:
         step = max(found)
-        yield _photo(found[step], f"At step {step}. Errors are red; ignored pixels are none.")
+        yield _photo(found[step], f"At step {step}. Red: label and prediction differ.")
     if worst.exists():
         yield _photo(worst, "The images with the lowest mIoU after the last step.")
     if scored:
@@ -354,10 +370,8 @@ def _images(run: _Folder, split: str) -> Iterable[Markup]:
 
 def _facts(run: _Folder, resumed: Sequence[int]) -> Iterable[Markup]:
     """What ran where, and how fast."""
-    rows = []
-    for name, pattern in DESCRIBED.items():
-        said = [text for _, text in run.log if pattern.match(text)]
-        rows += [[name, said[-1]]] if said else []
+    described = {found[1]: found[2] for _, text in run.log if (found := DESCRIBED.fullmatch(text))}
+    rows = [[name, text] for name, text in described.items()]
     if resumed:
         rows.append(["resumed at step", ", ".join(map(str, resumed))])
     if trained := run.trained:
@@ -394,7 +408,7 @@ def _notes(run: _Folder) -> Iterable[Markup]:
     if len(lines) > SHOWN_LINES:
         lines = [*lines[:half], f"… {len(lines) - SHOWN_LINES} lines are left out …", *lines[-half:]]
     yield tag("p", "Without progress and scores; all of it is in log.txt.", class_="soft")
-    yield tag("pre", "\n".join(lines))
+    yield tag("pre", "\n".join(lines), class_="log")
 
 
 def _settings(run: _Folder) -> Iterable[Markup]:
