@@ -212,7 +212,7 @@ def curves(records: Sequence[Record], resumed: Sequence[int] = ()) -> Image.Imag
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="lower right" if key == "miou" else "best")
     return _drawn(figure)
 
 

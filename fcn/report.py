@@ -79,6 +79,7 @@ pre.log { max-height: 28rem; overflow-y: auto }
 summary { cursor: pointer }
 @media (max-width: 46rem) { .wide img { max-width: none; width: 60rem } .bar { width: 3rem } }
 @media print { body { max-width: none; padding: 0; color: #000; background: #fff } figure, tr { break-inside: avoid }
+  .curves { grid-template-columns: 1fr 1fr }
   h2, h3 { break-after: avoid } .scroll, pre.log { max-height: none; overflow: visible }
   .wide img { max-width: 100%; width: auto } }
 """

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fcn.data.labels import SHAPES, VOC, Classes
-from fcn.pictures import CELL, CURVES, ERROR_COLOUR, GAP, IGNORE_COLOUR, colourise, curves, panels
+from fcn.data.labels import SHAPES, VOC, Classes, voc_palette
+from fcn.pictures import CELL, CURVES, ERROR_COLOUR, GAP, IGNORE_COLOUR, colourise, confusion, curves, panels, save
+from fcn.tracking import Sample
 
 RED, GREEN, BLUE = (200, 10, 20), (30, 190, 40), (50, 60, 210)
 CLASSES = Classes(("red", "green", "blue"), (RED, GREEN, BLUE))
@@ -103,6 +104,78 @@ def test_rows_of_mixed_sizes_stand_below_each_other():
     spans = [np.nonzero((pixels == colour).all(axis=2).any(axis=1))[0] for colour in (RED, GREEN, BLUE)]
     assert spans[0].max() < spans[1].min()
     assert spans[1].max() < spans[2].min()
+
+
+def test_errors_are_where_valid_labels_and_predictions_differ():
+    labels = np.array([[0, 1, 2, 255]], np.uint8)
+    *_, drawn = columns(panels([Sample(photo(1, 4), labels, np.array([[0, 2, 1, 1]]), "")], CLASSES))
+    assert count(drawn, ERROR_COLOUR) == 2 * (CELL // 4) ** 2
+    *_, none = columns(panels([Sample(photo(1, 4), labels, np.array([[0, 1, 2, 1]]), "")], CLASSES))
+    assert count(none, ERROR_COLOUR) == 0
+
+
+@pytest.mark.parametrize("name", ["a.png", "folder/" * 100 + "a.png", "é Ж λ.png"])
+def test_the_end_of_a_caption_is_never_cut_off(name):
+    labels = np.zeros((4, 4), np.uint8)
+    sheets = [
+        np.asarray(panels([Sample(photo(4, 4), labels, labels, f"{name}   mIoU {score}")], CLASSES))
+        for score in (0.25, 0.75)
+    ]
+    assert not np.array_equal(*sheets)
+    assert (sheets[0][:, -GAP:] == 255).all()
+
+
+def test_accents_greek_and_cyrillic_are_no_boxes():
+    labels = np.zeros((4, 4), np.uint8)
+    sheets = [np.asarray(panels([Sample(photo(4, 4), labels, labels, name)], CLASSES)) for name in "éüЖλ"]
+    assert len({sheet.tobytes() for sheet in sheets}) == 4
+
+
+def many_classes(number: int, name: str = "{}") -> Classes:
+    return Classes(tuple(name.format(index) for index in range(number)), voc_palette(number))
+
+
+@pytest.mark.parametrize("name", ["{}", "class {} of a long & winded $name$, longer than any that is known"])
+@pytest.mark.parametrize("number", [2, 11, 21, 150])
+def test_a_heat_map_has_all_of_its_names_and_a_size_that_can_be_shown(number, name):
+    counts = np.eye(number, dtype=np.int64)
+    drawn = np.asarray(confusion(counts, many_classes(number, name)))
+    assert max(drawn.shape) <= 2600
+    edges = drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]
+    assert all((edge == 255).all() for edge in edges), "something is cut off"
+    dark = (drawn == (8, 48, 107)).all(axis=2)  # 100 %
+    assert dark.any(axis=0).sum() >= 4 * number, "each class has a cell of some pixels"
+
+
+def test_a_class_that_no_pixel_is_labelled_with_looks_absent_and_not_like_0_percent():
+    counts = np.array([[90, 10], [0, 0]])
+    present, absent = (np.asarray(confusion(matrix, many_classes(2))) for matrix in (np.eye(2, dtype=int) * 9, counts))
+    zero, empty = (247, 251, 255), (237, 237, 237)
+    zeros = [int((drawn == zero).all(axis=2).sum()) for drawn in (present, absent)]
+    empties = [int((drawn == empty).all(axis=2).sum()) for drawn in (present, absent)]
+    assert zeros[0] > 2 * 30**2
+    assert zeros[1] < zeros[0] / 10
+    assert empties[0] < 10
+    assert empties[1] > 2 * 30**2
+
+
+def test_a_heat_map_shows_shares_of_the_labels_and_not_counts():
+    classes = many_classes(3)
+    counts = np.array([[8, 2, 0], [0, 1, 1], [3, 0, 1]])
+    drawn = [np.asarray(confusion(counts * factor, classes)) for factor in (1, np.array([[1], [1000], [10**12]]))]
+    assert np.array_equal(*drawn)
+    assert not np.array_equal(drawn[0], np.asarray(confusion(counts.T, classes)))
+    assert not np.array_equal(drawn[0], np.asarray(confusion(counts, many_classes(3, "other {}"))))
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    path = tmp_path / "pictures" / "a.png"
+    save(Image.new("RGB", (4, 4), RED), path)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="cannot write mode"):
+        save(Image.new("HSV", (4, 4)), path)
+    assert [one.name for one in path.parent.iterdir()] == ["a.png"]
+    assert path.read_bytes() == before
 
 
 def train(step: int) -> dict:
