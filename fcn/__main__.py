@@ -1,4 +1,4 @@
-"""Commands beside training: `python -m fcn check`, `evaluate`, `predict`, `compare`, `report` and `status`."""
+"""Commands beside training: `python -m fcn check`, `evaluate`, `predict`, `export`, `compare`, `report`, `status`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fcn.data.layouts import mask_suffix
 from fcn.distributed import World
 from fcn.errors import InputError
 from fcn.evaluation import draw_scores, evaluate
+from fcn.export import export
 from fcn.inference import load_trained
 from fcn.predictions import Files, plan, predict_files
 from fcn.report import write_report
@@ -49,6 +50,16 @@ CHECK = """Look before you leap: read all data of a config, try its network for 
     python -m fcn check --config configs/linknet_camvid.yaml data.root=/data/camvid
 
 Every fault is named at the end, one line each. Exit status: 0 no faults, 2 faults.
+"""
+
+EXPORT = """Write a checkpoint's network as one file that runs without fcn, for any number of images of any size.
+
+    python -m fcn export --checkpoint runs/quickstart --output shapes.pt2
+    python -m fcn export --checkpoint best.pt --output best.onnx
+
+A .pt2 file is for torch.export.load, an .onnx file for other engines; to write one, onnx and onnxscript are needed.
+Either takes pixels, images (N, 3, H, W) uint8 RGB, and returns their classes (N, H, W) uint8; it says so inside, with
+names and colours of the classes. The file is compared with the checkpoint before it gets its name.
 """
 
 COMPARE = """Runs side by side: how their configs differ, how far they are, what they score.
@@ -99,6 +110,12 @@ def main(argv: list[str], world: World) -> int:
     )
     command.add_argument("inputs", nargs="+", metavar="IMAGE|DIR", help="images, or folders of images")
     command.set_defaults(run=predict_command)
+    command = commands.add_parser("export", description=EXPORT, help="a network as a file that runs without fcn")
+    _add_checkpoint(command)
+    command.add_argument("--output", required=True, metavar="FILE", help="a name that ends in .pt2 or .onnx")
+    command.add_argument("--logits", action="store_true", help="return logits (N, C, H, W) instead of classes")
+    command.add_argument("--force", action="store_true", help="overwrite what is there")
+    command.set_defaults(run=export_command)
     command = commands.add_parser("compare", description=COMPARE, help="runs side by side")
     command.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders that training made")
     command.set_defaults(run=compare_command)
@@ -198,6 +215,14 @@ def predict_command(args: argparse.Namespace, world: World) -> int:
         print(f"{predicted} of {len(files)} images predicted into {args.output} ({how})")
     if faults:
         raise InputError("\n".join(faults))
+    return 0
+
+
+def export_command(args: argparse.Namespace, world: World) -> int:
+    """Write a checkpoint's network as a program, and say what it is."""
+    if world.size > 1:
+        raise InputError(f"found {world.size} processes; export needs one: python -m fcn export …")
+    print(export(args.checkpoint, Path(args.output), logits=args.logits, force=args.force))
     return 0
 
 

@@ -226,7 +226,7 @@ def crop(x: torch.Tensor, size: Sequence[int], offset: int = 0) -> torch.Tensor:
     return x.narrow(-2, offset, size[0]).narrow(-1, offset, size[1])
 
 
-def double(layer: nn.ConvTranspose2d, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+def double_size(layer: nn.ConvTranspose2d, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """`layer(x, output_size=size)` for a layer of kernel 3, stride 2 and padding 1.
 
     x (N, C, ⌈H/2⌉, ⌈W/2⌉) → (N, D, H, W), for size (H, W).

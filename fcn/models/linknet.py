@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from fcn.models.layers import ResNetTrunk, crop, double, init_he
+from fcn.models.layers import ResNetTrunk, crop, double_size, init_he
 
 CHANNELS = (64, 64, 128, 256, 512)
 """Of the stem and the four encoders."""
@@ -66,7 +66,7 @@ class LinkNet(nn.Module):
             x = decoder(x, skip.shape[-2:])
             if skips:  # the paper links encoders' outputs; the last one here is the stem's and has no link
                 x = x + skip
-        x = self.relu(self.head_bn1(double(self.head_up, x, ((height + 1) // 2, (width + 1) // 2))))
+        x = self.relu(self.head_bn1(double_size(self.head_up, x, ((height + 1) // 2, (width + 1) // 2))))
         x = self.relu(self.head_bn2(self.head_conv(x)))
         return crop(self.classifier(x), (height, width))  # 2·⌈H/2⌉ is H or H + 1
 
@@ -125,7 +125,7 @@ class Decoder(nn.Module):
     def forward(self, x: torch.Tensor, size: torch.Size) -> torch.Tensor:
         """x (N, before, h, w) → (N, after, *size)."""
         x = self.squeeze(x)
-        x = self.up(x) if self.up.stride == (1, 1) else double(self.up, x, size)
+        x = self.up(x) if self.up.stride == (1, 1) else double_size(self.up, x, size)
         return self.expand(self.up_bn(x))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fcn.models.layers import HalvingMaxPool, double, init_he
+from fcn.models.layers import HalvingMaxPool, double_size, init_he
 
 LEVELS = 5
 
@@ -61,7 +61,7 @@ class UNet(nn.Module):
         skips.pop()
         for up, merge in zip(self.up, self.merge, strict=True):
             skip = skips.pop()
-            x = double(up, x, skip.shape[-2:])
+            x = double_size(up, x, skip.shape[-2:])
             x = merge(torch.cat([skip, x], dim=1))
         return self.classifier(x)
 
