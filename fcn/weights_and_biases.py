@@ -7,12 +7,17 @@ W&B gets a row for each step, all records of the step in one, when a later step 
 has whole rows, from the first step on without a gap, and the number of its last one says what it lacks: that is taken
 from metrics.jsonl, and steps that a resumed run does again are not sent again. Where the server does not answer, or
 refuses, everything is recorded in files for `wandb sync`.
+
+    python -m fcn.weights_and_biases RUN_DIR
+
+sends what a server that left in the middle of a run did not get.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import fcntl
 import json
 import netrc
@@ -36,11 +41,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 from urllib.parse import urlsplit
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from fcn import pictures
 from fcn.data.labels import IGNORE_INDEX, Classes
-from fcn.tracking import Record, Sample, Scores
+from fcn.tracking import Record, Sample, Scores, read_records, read_summary
 
 if TYPE_CHECKING:
     from fcn.distributed import World
@@ -75,7 +81,7 @@ class Start:
     run_id: str
     config: Record
     environment: Record
-    """What runs where; changes from start to start."""
+    """What runs where; changes from start to start. Empty where nothing runs."""
     records: list[Record]
     """Of the steps before this start."""
     artifact: bool
@@ -128,7 +134,7 @@ class WandB:
         self._closed = False
         self._left: str | None = None
         threading.Thread(target=self._feed, name="W&B", daemon=True).start()
-        atexit.register(self._close, None, STOPPED_S)  # an error ends the run
+        atexit.register(self.finish, None, STOPPED_S)  # an error ends the run
 
     def log(self, record: Record) -> None:
         self._put(("record", record))
@@ -148,7 +154,7 @@ class WandB:
         limit = STOPPED_S
         if summary["status"] == "finished":
             limit = ARTIFACT_S if self.start.artifact else FINISHED_S
-        self._close(summary, limit)
+        self.finish(summary, limit)
 
     def _put(self, message: Any) -> None:
         if self._behind:
@@ -159,11 +165,12 @@ class WandB:
             self._behind = True
             self.say("warning: W&B takes no more records; training goes on without; metrics.jsonl has them all")
 
-    def _close(self, summary: Record | None, limit: int) -> None:
+    def finish(self, summary: Record | None, limit: int) -> None:
+        """Wait so many seconds at most for what is still to be written and uploaded."""
         if self._closed:
             return
         self._closed = True
-        atexit.unregister(self._close)
+        atexit.unregister(self.finish)
         deadline = time.monotonic() + limit + 1
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait(("end", (summary, limit)))
@@ -182,7 +189,8 @@ class WandB:
             self._process = _spawn(self.start.run_dir)
             threading.Thread(target=self._listen, args=(self._process.stdout,), name="W&B's words", daemon=True).start()
             inbox = self._process.stdin
-            pickle.dump(self.start, inbox)
+            pickle.dump(dataclasses.asdict(self.start), inbox)
+            inbox.flush()
             while True:
                 message = self._queue.get()
                 pickle.dump(message, inbox)
@@ -254,7 +262,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # a scheduler sends them to every process
     with contextlib.suppress(OSError):
         os.nice(5)
-    start: Start = pickle.load(inbox)
+    start = Start(**pickle.load(inbox))
 
     def say(text: str) -> None:
         _tell(outbox, say=text)
@@ -306,7 +314,9 @@ class History:
 
     def __init__(self, run: Any, known: int) -> None:
         self.run, self.known = run, known
-        self._step, self._row = known, {}
+        self._step: int = known
+        self._row: Record = {}
+        self._media: dict[str, Any] = {}
         self._skipped = 0
 
     def add(self, record: Record) -> None:
@@ -325,13 +335,17 @@ class History:
     def show(self, scores: Scores) -> None:
         """Pictures and tables, for the row of their record; those of a row that W&B has already are there too."""
         if scores.record["step"] == self._step > self.known:
-            self._row |= media(scores)
+            self._media |= media(scores)
 
     def send(self) -> None:
         """The row is whole."""
-        if self._row:
+        if not self._row:
+            return
+        try:
+            self.run.log({**self._row, **self._media}, step=self._step, commit=True)
+        except Exception:  # it asks the server about tables, which may have gone by now
             self.run.log(self._row, step=self._step, commit=True)
-            self.known, self._row = self._step, {}
+        self.known, self._row, self._media = self._step, {}, {}
 
 
 def row(record: Record) -> Record:
@@ -377,36 +391,43 @@ def _panel(sample: Sample, classes: Classes) -> Any:
 
 def _open(start: Start, say: Callable[[str], None]) -> History:
     """Find what W&B has of the run and send what it lacks of the steps before this start."""
-    mode, folder = start.mode, start.run_dir / "wandb"
+    mode, before = start.mode, recordings(start.run_dir, start.run_id)
     if mode == "auto":
         mode = "online" if credentials() else "offline"
     if mode == "online":
-        before = recordings(start.run_dir, start.run_id)
         try:
+            _log_in()
             _upload_recordings(start)
-            run = _init(start, "online")
-            known = max(run.starting_step, run.step) - 1
-            say(f"W&B: {run.url}")
+            history = _init(start, "online")
+            say(f"W&B: {history.run.url}")
         except Exception as error:
             mode = "offline"
-            _forget_the_attempt()
-            for file in set(recordings(start.run_dir, start.run_id)) - set(before):
-                shutil.rmtree(file.parent, ignore_errors=True)
+            _forget_the_attempt(start, before)
+            folder = start.run_dir / "wandb"
             say(f"warning: W&B's server cannot be used ({_first_line(error)}); recording offline in {folder}")
     if mode == "offline":
-        known = recorded_step(start.run_dir, start.run_id)
-        run = _init(start, "offline")
-    where = start.environment | {"started": time.strftime("%Y-%m-%d %H:%M:%S")}
-    run.config.update({**start.config, "environment": where, "git": _repositories()}, allow_val_change=True)
-    history = History(run, known)
+        history = _init(start, "offline")
+    if start.environment:
+        where = start.environment | {"started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        history.run.config.update({**start.config, "environment": where, "git": _repositories()}, allow_val_change=True)
     for record in start.records:
         history.add(record)
     return history
 
 
-def _init(start: Start, mode: str) -> Any:
+def _log_in() -> None:
+    """Ask the server whether it is there and knows the key, which takes ten seconds at most and asks nobody else."""
+    import wandb
+
+    if not wandb.login(verify=True):
+        raise RuntimeError("not logged in; see `wandb login`")
+
+
+def _init(start: Start, mode: str) -> History:
     """Start or continue the W&B run; raises what W&B does if the server is silent or refuses."""
     import wandb
+
+    known = recorded_step(start.run_dir, start.run_id) if mode == "offline" else -1
 
     settings = wandb.Settings(
         console="off",
@@ -414,21 +435,26 @@ def _init(start: Start, mode: str) -> Any:
         x_stats_pid=start.trainer,
         x_transaction_log_flush_interval=FLUSH_S,
     )
-    return wandb.init(
+    run = wandb.init(
         project=start.project, id=start.run_id, name=start.run_dir.name, dir=str(start.run_dir), mode=mode,
         resume="allow", settings=settings,
     )  # fmt: skip
+    return History(run, known if mode == "offline" else max(run.starting_step, run.step) - 1)
 
 
-def _forget_the_attempt() -> None:
-    """Make room for another start of the same W&B run."""
+def _forget_the_attempt(start: Start, before: list[Path]) -> None:
+    """Make room for another start of the same W&B run; `before` are the recordings that are to stay."""
     import wandb
 
     def tear_down() -> None:
         with contextlib.suppress(Exception):
             wandb.teardown()
 
-    _within(5, tear_down)
+    attempts = set(recordings(start.run_dir, start.run_id)) - set(before)
+    if attempts:
+        _within(5, tear_down)
+    for file in attempts:
+        shutil.rmtree(file.parent, ignore_errors=True)
 
 
 def _receive(history: History, start: Start, inbox: BinaryIO) -> tuple[Record | None, float]:
@@ -467,7 +493,7 @@ def _end(history: History, start: Start, summary: Record | None, limit: float, w
     in_time = _within(limit, finish)
     if not run.offline and in_time and not _gave_up(words):  # what an earlier start did not upload, this one did
         for file in recordings(start.run_dir, start.run_id):
-            if not file.parent.name.startswith("offline-"):
+            if not _is_offline(file):
                 file.with_name(f"{file.name}.synced").touch()
     return _how_to_sync(start.run_dir, start.run_id)
 
@@ -535,8 +561,13 @@ def _steps(file: Path) -> Iterator[int]:
 
 
 def _unsynced(run_dir: Path, run_id: str) -> list[Path]:
+    """The recordings that may hold what the server does not have."""
     files = recordings(run_dir, run_id)
-    return [file.parent for file in files if not file.with_name(f"{file.name}.synced").exists()]
+    return [file for file in files if not file.with_name(f"{file.name}.synced").exists()]
+
+
+def _is_offline(file: Path) -> bool:
+    return file.parent.name.startswith("offline-")
 
 
 def _upload_recordings(start: Start) -> None:
@@ -545,22 +576,56 @@ def _upload_recordings(start: Start) -> None:
     Raises:
         RuntimeError: it cannot be uploaded.
     """
-    folders = [path for path in _unsynced(start.run_dir, start.run_id) if path.name.startswith("offline-")]
-    if not folders:
+    unsynced = _unsynced(start.run_dir, start.run_id)
+    files = [file for file in unsynced if _is_offline(file)]
+    if not files:
         return
-    command = [sys.executable, "-m", "wandb", "sync", *map(str, folders)]
+    if files != unsynced and (steps := list(_steps(files[0]))):
+        _fill(start, min(steps))
+    command = [sys.executable, "-m", "wandb", "sync", *(str(file.parent) for file in files)]
     subprocess.run(command, stdin=subprocess.DEVNULL, timeout=SYNC_S, check=False)
-    if left := [folder.name for folder in folders if folder in _unsynced(start.run_dir, start.run_id)]:
+    if left := [file.parent.name for file in files if file in _unsynced(start.run_dir, start.run_id)]:
         raise RuntimeError(f"{', '.join(left)}: recorded by an earlier start, and cannot be uploaded")
+
+
+def _fill(start: Start, end: int) -> None:
+    """Send the rows before a step that a start online, which was killed, may have left behind."""
+    history = _init(start, "online")
+    for record in start.records:
+        if record["step"] < end:
+            history.add(record)
+    history.send()
+    if not _within(FINISHED_S, history.run.finish):
+        raise RuntimeError("the server is too slow")
 
 
 def _how_to_sync(run_dir: Path, run_id: str) -> str | None:
     """A line for the user, if there is something to upload."""
-    folders = _unsynced(run_dir, run_id)
-    if not folders:
+    files = _unsynced(run_dir, run_id)
+    if not files:
         return None
-    online = [] if all(folder.name.startswith("offline-") for folder in folders) else ["--include-online"]
-    return f"W&B: not uploaded yet: {shlex.join(['wandb', 'sync', *online, *map(str, folders)])}"
+    command = ["wandb", "sync", *(str(file.parent) for file in files)]
+    if not all(_is_offline(file) for file in files):  # of which the server has a part, that `wandb sync` would repeat
+        command = ["python", "-m", "fcn.weights_and_biases", str(run_dir)]
+    return f"W&B: not uploaded yet: {shlex.join(command)}"
+
+
+def upload(run_dir: Path) -> int:
+    """Send what the server does not have of a run that is over; returns the exit status."""
+    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    found = recordings(run_dir, "*")
+    if not found:
+        print(f"error: {run_dir}: W&B has recorded nothing here", file=sys.stderr)
+        return 2
+    run_id = found[-1].stem.removeprefix("run-")
+    records, options = read_records(run_dir / "metrics.jsonl"), config["wandb"] | {"mode": "online"}
+    start = Start(
+        **options, run_dir=run_dir, run_id=run_id, config=config, environment={}, records=records,
+        program=sys.argv[0], trainer=os.getpid(),
+    )  # fmt: skip
+    tracker = WandB(start, print)
+    tracker.finish(read_summary(run_dir) or {"status": "stopped"}, SYNC_S)
+    return 1 if _unsynced(run_dir, run_id) else 0
 
 
 # --- git
@@ -586,3 +651,9 @@ def _commit(folder: Path) -> Record | None:
         return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no")), "root": root}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "config.yaml").is_file():
+        sys.exit("usage: python -m fcn.weights_and_biases RUN_DIR")
+    sys.exit(upload(Path(sys.argv[1])))

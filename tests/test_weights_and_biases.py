@@ -20,6 +20,7 @@ from fcn import weights_and_biases
 from fcn.data.labels import Classes
 from fcn.tracking import Record, Sample, Scores
 from fcn.weights_and_biases import Start, WandB, credentials, recorded_step, recordings, row
+from tests.wandb_server import KEY, Server
 
 RUN_ID = "abcd1234"
 CLASSES = Classes(("road", "sky"), ((128, 64, 128), (70, 130, 180)))
@@ -55,9 +56,15 @@ def start(run_dir: Path, mode: str = "offline", records: list[Record] | None = N
 
 
 @contextlib.contextmanager
-def tracker(run_dir: Path, said: list[str], **options: object) -> Iterator[WandB]:
-    """One whose process is gone afterwards, without an end if the test gave it none."""
-    wandb = WandB(start(run_dir, **options), said.append)
+def tracker(
+    run_dir: Path, said: list[str], environment: dict[str, str] | None = None, **options: object
+) -> Iterator[WandB]:
+    """One whose process is gone afterwards, killed if the test gave it no end."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (environment or {}).items():
+            patch.setenv(name, value)
+        wandb = WandB(start(run_dir, **options), said.append)
+        wait_for(lambda: wandb._process)
     try:
         yield wandb
     finally:
@@ -70,18 +77,35 @@ def finish(wandb: WandB) -> None:
     wandb.close({"status": "finished", "step": 100, "miou": 0.25})
 
 
-def contents(run_dir: Path, kind: str) -> list[dict]:
-    """Of the records of a kind in all files of the run, by W&B's own reader."""
-    found = []
-    for file in recordings(run_dir, RUN_ID):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-        found += [record[kind] for record in map(json.loads, lines) if record["type"] == kind]
-    return found
+class Recorded:
+    """All files of the run, read by W&B's own reader."""
+
+    def __init__(self, run_dir: Path, run_id: str = RUN_ID) -> None:
+        self.files = recordings(run_dir, run_id)
+        self.records: list[dict] = []
+        for file in self.files:
+            command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+            lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+            self.records += map(json.loads, lines)
+
+    def contents(self, kind: str) -> list[dict]:
+        return [record[kind] for record in self.records if record["type"] == kind]
+
+    @property
+    def rows(self) -> list[dict]:
+        return [record["item"] for record in self.contents("history")]
+
+    @property
+    def config(self) -> dict:
+        found: dict = {}
+        for record in self.contents("config"):
+            found |= record["update"]
+        return found
 
 
-def rows(run_dir: Path) -> list[dict]:
-    return [record["item"] for record in contents(run_dir, "history")]
+def rows_written(run_dir: Path) -> int:
+    """Roughly, and fast: a row of these tests has this word twice, in history and summary."""
+    return sum(file.read_bytes().count(b"train/loss") for file in recordings(run_dir, RUN_ID)) // 2
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -101,12 +125,13 @@ def test_records_of_a_step_are_one_row_with_pictures_and_tables(tmp_path):
                 wandb.show(scores(2, side=1000))
         wandb.alert("title", "text")
         finish(wandb)
-    found = rows(tmp_path)
+    recorded = Recorded(tmp_path)
+    found = recorded.rows
     assert [item["_step"] for item in found] == [1, 2, 3]
     assert [item["train/loss"] for item in found] == [1, 1 / 2, 1 / 3]
     assert (found[1]["val/miou"], found[1]["val/iou/road"]) == (0.25, 0.25)
     assert "val/iou/sky" not in found[1]
-    files = recordings(tmp_path, RUN_ID)[0].parent / "files"
+    files = recorded.files[0].parent / "files"
 
     def table(key: str) -> list:
         return json.loads((files / found[1][f"{key}.path"]).read_text())["data"]
@@ -118,7 +143,7 @@ def test_records_of_a_step_are_one_row_with_pictures_and_tables(tmp_path):
     assert (panels["count"], panels["width"], panels["captions"]) == (2, weights_and_biases.SIDE, ["2.png"] * 2)
     assert [sorted(masks) for masks in panels["all_masks"]] == [["ground truth", "prediction"]] * 2
     assert (files / panels["all_masks"][1]["prediction"]["path"]).is_file()
-    alerts = [alert["title"] for alert in contents(tmp_path, "alert")]
+    alerts = [alert["title"] for alert in recorded.contents("alert")]
     assert sorted(alerts) == [weights_and_biases.SKIPPED, "title"], "skipped steps are told once"
     assert [line for line in said if "warning" in line] == []
     assert len(said) == 1
@@ -133,7 +158,7 @@ def test_the_next_start_sends_what_is_missing_and_nothing_twice(tmp_path):
     with tracker(tmp_path, said) as wandb:
         for record in records[:24]:
             wandb.log(record)
-        wait_for(lambda: recorded_step(tmp_path, RUN_ID) >= 20)
+        wait_for(lambda: rows_written(tmp_path) >= 20)
         wandb._process.kill()
         wandb._process.wait()
         wait_for(lambda: wandb._ended.is_set())
@@ -148,11 +173,12 @@ def test_the_next_start_sends_what_is_missing_and_nothing_twice(tmp_path):
         for record in records[17:]:
             wandb.log(record)
         finish(wandb)
-    found = rows(tmp_path)
+    recorded = Recorded(tmp_path)
+    found = recorded.rows
     assert [item["_step"] for item in found] == list(range(1, 31))
     assert [item["train/loss"] for item in found] == [1 / step for step in range(1, 31)]
     assert [item["_step"] for item in found if "val/miou" in item] == [20]
-    assert len(recordings(tmp_path, RUN_ID)) == 2
+    assert len(recorded.files) == 2
 
 
 def test_a_stopped_run_keeps_its_last_step_for_the_next_start(tmp_path):
@@ -163,13 +189,14 @@ def test_a_stopped_run_keeps_its_last_step_for_the_next_start(tmp_path):
             wandb.log(train_record(step))
         wandb.alert("Stopped by a signal", "step 2")
         wandb.close({"status": "preempted", "step": 2})
-    assert [item["_step"] for item in rows(tmp_path)] == [1]
+    assert [item["_step"] for item in Recorded(tmp_path).rows] == [1]
     with tracker(tmp_path, said, records=[train_record(1), train_record(2)]) as wandb:
         wandb.log(eval_record(2))
         finish(wandb)
-    assert [(item["_step"], item.get("val/miou")) for item in rows(tmp_path)] == [(1, None), (2, 0.25)]
-    assert [alert["title"] for alert in contents(tmp_path, "alert")] == ["Stopped by a signal"]
-    assert [record["exit_code"] for record in contents(tmp_path, "exit")] == [1, 0]
+    recorded = Recorded(tmp_path)
+    assert [(item["_step"], item.get("val/miou")) for item in recorded.rows] == [(1, None), (2, 0.25)]
+    assert [alert["title"] for alert in recorded.contents("alert")] == ["Stopped by a signal"]
+    assert [record.get("exit_code", 0) for record in recorded.contents("exit")] == [1, 0]
 
 
 def test_a_process_that_is_stuck_delays_nothing_and_memory_stays_bounded(tmp_path, monkeypatch):
@@ -177,7 +204,6 @@ def test_a_process_that_is_stuck_delays_nothing_and_memory_stays_bounded(tmp_pat
     monkeypatch.setattr(weights_and_biases, "STOPPED_S", 1)
     said: list[str] = []
     with tracker(tmp_path, said) as wandb:
-        wait_for(lambda: wandb._process)
         wandb._process.send_signal(signal.SIGSTOP)
         began = time.monotonic()
         for step in range(1, 3001):
@@ -211,9 +237,10 @@ sys.stdin.read()
     ) as trainer:
         assert trainer.stdout.readline() == b"sent\n"
         trainer.kill()
-    wait_for(lambda: recordings(tmp_path, RUN_ID) and contents(tmp_path, "exit"))
-    assert [item["_step"] for item in rows(tmp_path)] == [1, 2, 3]
     wait_for(lambda: not processes_about(tmp_path))
+    recorded = Recorded(tmp_path)
+    assert [item["_step"] for item in recorded.rows] == [1, 2, 3]
+    assert [record["exit_code"] for record in recorded.contents("exit")] == [1]
 
 
 def processes_about(run_dir: Path) -> list[str]:
@@ -226,36 +253,83 @@ def processes_about(run_dir: Path) -> list[str]:
     return found
 
 
-def test_without_credentials_it_records_offline_and_the_key_reaches_no_file(tmp_path, monkeypatch):
+def test_without_credentials_it_records_offline_what_runs_where_and_from_which_commit(tmp_path, monkeypatch):
     said: list[str] = []
     with tracker(tmp_path, said, mode="auto") as wandb:
-        wandb.log(train_record(1))
         finish(wandb)
     assert recordings(tmp_path, RUN_ID)[0].parent.name.startswith("offline-run-")
-    key = "5ec4e7" * 6 + "abcd"
-    monkeypatch.setenv("WANDB_API_KEY", key)
-    with tracker(tmp_path, said) as wandb:
-        wandb.log(train_record(2))
+    config = Recorded(tmp_path).config
+    assert (config["seed"], config["environment"]["processes"]) == (0, 1)
+    head = ["git", "-C", str(weights_and_biases.CHECKOUT), "rev-parse", "HEAD"]
+    git = subprocess.run(head, capture_output=True, text=True, check=False)
+    if git.returncode == 0:
+        assert config["git"]["fcn"]["commit"] == git.stdout.strip()
+        assert config["git"]["fcn"]["dirty"] in (True, False)
+    else:
+        assert "fcn" not in config["git"]
+
+
+def test_the_key_reaches_no_file(tmp_path, monkeypatch):
+    with Server() as server, tracker(tmp_path, [], environment=server.environment, mode="auto") as wandb:
+        wandb.log(train_record(1))
         finish(wandb)
+        assert server.steps(RUN_ID) == [1]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(recordings(tmp_path, RUN_ID)) == 2
-    assert [path for path in files if key.encode() in path.read_bytes()] == []
+    assert recordings(tmp_path, RUN_ID)
+    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
 
 
-def test_the_config_says_what_runs_where_and_from_which_commit(tmp_path):
-    with tracker(tmp_path, []) as wandb:
-        finish(wandb)
-    written = {}
-    for record in contents(tmp_path, "config"):
-        written |= record["update"]
-    assert written["seed"] == 0
-    assert written["environment"]["processes"] == 1
-    head = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=weights_and_biases.CHECKOUT, capture_output=True, text=True, check=False
-    )
-    if head.returncode == 0:
-        assert written["git"]["fcn"]["commit"] == head.stdout.strip()
-        assert written["git"]["fcn"]["dirty"] in (True, False)
+def test_a_server_gets_every_step_once_whatever_happened(tmp_path, monkeypatch):
+    """Killed online; then refused, and so offline; then online; then the server fails, and the rest is sent later."""
+    records = [train_record(step) for step in range(1, 31)]
+    said: list[str] = []
+    with Server() as server:
+        use = {"environment": server.environment, "mode": "online"}
+        with tracker(tmp_path, said, **use) as wandb:
+            for record in records[:10]:
+                wandb.log(record)
+            wait_for(lambda: rows_written(tmp_path) == 9)
+        assert server.steps(RUN_ID) == [], "the client waits for more before it sends"
+        server.behaviour = 401
+        said.clear()
+        with tracker(tmp_path, said, records=records[:8], **use) as wandb:
+            for record in records[8:15]:
+                wandb.log(record)
+            wandb.show(scores(15))
+            finish(wandb)
+        assert [line.split()[:2] for line in said] == [["warning:", "W&B's"], ["W&B:", "not"]]
+        assert "401" in said[0]
+        server.behaviour = "keeps"
+        said.clear()
+        with tracker(tmp_path, said, records=records[:15], **use) as wandb:
+            wandb.alert("title", "text")
+            for record in records[15:20]:
+                wandb.log(record)
+            finish(wandb)
+        assert server.steps(RUN_ID) == list(range(1, 21)), said
+        assert server.alerts == ["title"]
+        assert any("media/images/val/panels_15" in name for name in server.files), "pictures of the offline start"
+        assert [line.split("/")[0] for line in said] == ["W&B: http:"], "nothing is left"
+        said.clear()
+        with tracker(tmp_path, said, records=records[:20], **use) as wandb:
+            wait_for(lambda: said)
+            server.behaviour = 500
+            monkeypatch.setattr(weights_and_biases, "FINISHED_S", 4)
+            for record in records[20:]:
+                wandb.log(record)
+            finish(wandb)
+        assert server.steps(RUN_ID) == list(range(1, 21))
+        assert said[-1] == f"W&B: not uploaded yet: python -m fcn.weights_and_biases {tmp_path}"
+        server.behaviour = "keeps"
+        (tmp_path / "config.yaml").write_text("wandb: {mode: offline, project: fcn, artifact: false}")
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (tmp_path / "summary.json").write_text('{"status": "finished"}')
+        command = [sys.executable, "-m", "fcn.weights_and_biases", str(tmp_path)]
+        subprocess.run(
+            command, env=os.environ | server.environment, cwd=weights_and_biases.CHECKOUT, check=True, timeout=60
+        )
+        assert server.steps(RUN_ID) == list(range(1, 31))
+        assert server.exit_codes[-1] == 0
 
 
 def test_a_working_directory_of_another_repository_is_named_too(tmp_path, monkeypatch):
