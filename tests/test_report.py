@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -115,10 +116,11 @@ def browse(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
         open_page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
         path.write_text(PROBE.format(width=width, page=html.escape(open_page)))
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1300,900"]
-        command = [program, *options, f"--user-data-dir={folder}/profile", "--dump-dom", path.as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as profile:  # it still writes there
+            command = [program, *options, f"--user-data-dir={profile}", "--dump-dom", path.as_uri()]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         found = re.search(r"<pre>(.+)</pre>", done.stdout, re.DOTALL)
-        assert found, done.stderr[-2000:]
+        assert found, f"status {done.returncode}\n{done.stdout[:500]}\n{done.stderr[-2000:]}"
         return json.loads(html.unescape(found[1]))
 
     return look
