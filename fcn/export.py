@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from fcn.errors import InputError
 from fcn.inference import Trained, load_trained
+from fcn.models.layers import DoublingConv2d
 from fcn.tracking import replacing
 
 PACKAGES = {".pt2": (), ".onnx": ("onnx", "onnxscript")}
@@ -80,6 +81,9 @@ def export(checkpoint: str, output: Path, *, logits: bool, force: bool) -> str:
     segmenter = Segmenter(trained, logits).eval()
     information = describe(trained, logits)
     write, read = (_pt2, _read_pt2) if output.suffix == ".pt2" else (_onnx, _read_onnx)
+    for layer in segmenter.modules():
+        if isinstance(layer, DoublingConv2d):
+            layer.constant_padding = output.suffix == ".onnx"
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's to itself

@@ -226,16 +226,28 @@ def crop(x: torch.Tensor, size: Sequence[int], offset: int = 0) -> torch.Tensor:
     return x.narrow(-2, offset, size[0]).narrow(-1, offset, size[1])
 
 
-def double_size(layer: nn.ConvTranspose2d, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """`layer(x, output_size=size)` for a layer of kernel 3, stride 2 and padding 1.
+class DoublingConv2d(nn.ConvTranspose2d):
+    """A 3×3 transposed convolution of stride 2, the way back from sizes that were halved and rounded up."""
 
-    x (N, C, ⌈H/2⌉, ⌈W/2⌉) → (N, D, H, W), for size (H, W).
-    """
-    if not torch.compiler.is_exporting():
-        return layer(x, output_size=size)
-    # An exported program takes no branch on a size: the larger of both results, and of it what is needed.
-    larger = F.conv_transpose2d(x, layer.weight, layer.bias, stride=2, padding=1, output_padding=1)
-    return crop(larger, size)
+    constant_padding = False
+    """Compute the larger of both sizes and crop it, for program formats whose layers know no variable size. It gives
+    the same numbers but for rounding."""
+
+    def __init__(self, before: int, after: int, bias: bool = True) -> None:
+        super().__init__(before, after, 3, stride=2, padding=1, bias=bias)
+
+    def forward(self, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """x (N, before, ⌈H/2⌉, ⌈W/2⌉) → (N, after, H, W), for size (H, W)."""
+        if not torch.compiler.is_exporting():
+            return super().forward(x, size)
+        extra = [1, 1]
+        if not self.constant_padding:
+            # `forward` takes branches on it, which no symbolic size decides.
+            extra = [wanted - (2 * side - 1) for wanted, side in zip(size, x.shape[-2:], strict=True)]
+            for padding in extra:
+                torch._check(padding >= 0)
+                torch._check(padding < 2)
+        return crop(F.conv_transpose2d(x, self.weight, self.bias, 2, 1, extra), size)
 
 
 class ResNetTrunk(nn.Module):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from fcn.models.layers import ResNetTrunk, crop, double_size, init_he
+from fcn.models.layers import DoublingConv2d, ResNetTrunk, crop, init_he
 
 CHANNELS = (64, 64, 128, 256, 512)
 """Of the stem and the four encoders."""
@@ -49,7 +49,7 @@ class LinkNet(nn.Module):
             Decoder(before, after, stride, bias=plain)
             for before, after, stride in zip(CHANNELS[:0:-1], CHANNELS[-2::-1], (2, 2, 2, first_stride), strict=True)
         )
-        self.head_up = nn.ConvTranspose2d(64, 32, 3, stride=2, padding=1, bias=plain)
+        self.head_up = DoublingConv2d(64, 32, bias=plain)
         self.head_bn1 = nn.BatchNorm2d(32)
         self.head_conv = nn.Conv2d(32, 32, 3, padding=1, bias=plain)
         self.head_bn2 = nn.BatchNorm2d(32)
@@ -66,7 +66,7 @@ class LinkNet(nn.Module):
             x = decoder(x, skip.shape[-2:])
             if skips:  # the paper links encoders' outputs; the last one here is the stem's and has no link
                 x = x + skip
-        x = self.relu(self.head_bn1(double_size(self.head_up, x, ((height + 1) // 2, (width + 1) // 2))))
+        x = self.relu(self.head_bn1(self.head_up(x, ((height + 1) // 2, (width + 1) // 2))))
         x = self.relu(self.head_bn2(self.head_conv(x)))
         return crop(self.classifier(x), (height, width))  # 2·⌈H/2⌉ is H or H + 1
 
@@ -118,15 +118,16 @@ class Decoder(nn.Module):
         super().__init__()
         middle = before // 4
         self.squeeze = nn.Sequential(*_conv_bn(nn.Conv2d(before, middle, 1, bias=bias)))
-        self.up = nn.ConvTranspose2d(middle, middle, 3, stride=stride, padding=1, bias=bias)
+        if stride == 2:
+            self.up = DoublingConv2d(middle, middle, bias=bias)
+        else:
+            self.up = nn.ConvTranspose2d(middle, middle, 3, padding=1, bias=bias)
         self.up_bn = nn.Sequential(nn.BatchNorm2d(middle), nn.ReLU(inplace=True))
         self.expand = nn.Sequential(*_conv_bn(nn.Conv2d(middle, after, 1, bias=bias)))
 
     def forward(self, x: torch.Tensor, size: torch.Size) -> torch.Tensor:
         """x (N, before, h, w) → (N, after, *size)."""
-        x = self.squeeze(x)
-        x = self.up(x) if self.up.stride == (1, 1) else double_size(self.up, x, size)
-        return self.expand(self.up_bn(x))
+        return self.expand(self.up_bn(self.up(self.squeeze(x), size)))
 
 
 def _conv_bn(convolution: nn.Conv2d) -> tuple[nn.Module, ...]:

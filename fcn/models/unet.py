@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fcn.models.layers import HalvingMaxPool, double_size, init_he
+from fcn.models.layers import DoublingConv2d, HalvingMaxPool, init_he
 
 LEVELS = 5
 
@@ -43,8 +43,7 @@ class UNet(nn.Module):
         )
         self.pool = HalvingMaxPool()
         self.up = nn.ModuleList(
-            nn.ConvTranspose2d(below, here, 3, stride=2, padding=1)
-            for here, below in zip(widths[-2::-1], widths[:0:-1], strict=True)
+            DoublingConv2d(below, here) for here, below in zip(widths[-2::-1], widths[:0:-1], strict=True)
         )
         self.merge = nn.ModuleList(_double_conv(2 * here, here, norm) for here in widths[-2::-1])
         self.classifier = nn.Conv2d(width, num_classes, 1)
@@ -61,7 +60,7 @@ class UNet(nn.Module):
         skips.pop()
         for up, merge in zip(self.up, self.merge, strict=True):
             skip = skips.pop()
-            x = double_size(up, x, skip.shape[-2:])
+            x = up(x, skip.shape[-2:])
             x = merge(torch.cat([skip, x], dim=1))
         return self.classifier(x)
 
