@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shutil
 import signal
@@ -278,6 +279,24 @@ def test_the_heat_map_is_drawn_again_where_it_is_missing(copied):
     shown = pictures_of(write_report(copied).read_text())
     assert sum(text.startswith("Of the pixels of each label") for text in shown) == 1
     assert len(shown) == 5
+
+
+@pytest.mark.parametrize(("age_s", "quarters"), [(-10, 1), (10, 4)])
+def test_a_picture_that_is_older_than_its_numbers_is_drawn_again(copied, age_s, quarters):
+    drawn, numbers = copied / "pictures" / "curves.png", copied / "metrics.jsonl"
+    Image.new("RGB", (800, 600), "red").save(drawn)
+    os.utime(drawn, (numbers.stat().st_mtime - age_s,) * 2)
+    elements = Reader(write_report(copied).read_text()).elements
+    assert len({attributes["src"] for name, attributes in elements if name == "img"} - {None}) == 3 + quarters
+
+
+def test_steps_beyond_the_summary_are_of_a_later_start(copied):
+    shutil.rmtree(copied / "heartbeat")
+    assert "finished" in Reader(write_report(copied).read_text()).text
+    last = [line for line in (copied / "metrics.jsonl").read_text().splitlines() if '"train"' in line][-1]
+    with (copied / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**json.loads(last), "step": STEPS + 1, "steps": 2 * STEPS}) + "\n")
+    assert re.search(r"running, killed or crashed\s+step 31 of 60", Reader(write_report(copied).read_text()).text)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "scores_val.json", "config.yaml", "pictures/*.png"])
