@@ -393,7 +393,7 @@ class Eval:
     """Images larger than this, after scaling, go through the network in windows of this size, which overlap by a third;
     logits are averaged where they do. null: images go through whole, whatever their size."""
     pictures: CountOrZero = 4
-    """Images of the split shown as panels at every evaluation."""
+    """Images of the split shown as panels at every evaluation. 0: a run draws nothing, and writes no report.html."""
 
 
 @dataclass(slots=True, kw_only=True)

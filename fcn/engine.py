@@ -370,7 +370,8 @@ def _finish(run: Run, model: nn.Module, console: Console, trackers: Trackers, st
         def draw() -> None:
             pictures.save(pictures.curves(read_records(records), resumes(run.folder / "log.txt")), curves)
 
-        trackers.attempt(draw, curves.name)
+        if run.config.eval.pictures:
+            trackers.attempt(draw, curves.name)
         console.line(score_table(final))
     return final
 
@@ -404,7 +405,8 @@ def _summary(
         except OSError as error:
             summary["unsaved"].append(f"{path}: cannot be written ({error.strerror})")
             console.line(f"warning: {summary['unsaved'][-1]}; free space there or make it writable")
-        trackers.attempt(lambda: write_report(run.folder), "report.html")
+        if run.config.eval.pictures:
+            trackers.attempt(lambda: write_report(run.folder), "report.html")
     summary["unsaved"] = distributed.gather(summary["unsaved"])[0]
     return summary
 

@@ -24,14 +24,15 @@ def start_screen(run: Run, hosts: Sequence[str]) -> str:
     share = str(low) if low == high else f"{low} or {high}"
     passes = f", {train.micro_batch} a pass" if train.micro_batch and train.micro_batch < high else ""
     sizes = ", ".join(f"{name} {len(split)}" for name, split in run.splits.items())
-    crop = "x".join(map(str, data.crop)) if data.crop else "none"
+    shape = "crop " + "x".join(map(str, data.crop)) if data.crop else "whole"
+    resized = f", scale {data.scale[0]:g} to {data.scale[1]:g}" if data.scale else ""
     added = dataclasses.asdict(config.loss.add)
     losses = [config.loss.name, *(f"{weight:g} {name}" for name, weight in added.items() if weight)]
     lines = {
         "model": f"{config.model.name}, {parameters:,} parameters{''.join(f', {option}' for option in options)}",
         "on": f"{_devices(run, hosts)}; {', '.join([train.precision, *(name for name, on in switches.items() if on)])}",
         "data": f"{data.name} from {data.root}, {len(run.train_split.classes)} classes",
-        "images": f"{sizes}; crop {crop}, scale {data.scale[0]:g} to {data.scale[1]:g}, flip {data.hflip:g}",
+        "images": f"{sizes}; {shape}{resized}, flip {data.hflip:g}",
         "batch": f"global batch {train.batch_size} = {world.size} processes x {share} images{passes}",
         "optim": f"{optim.name}, lr {optim.lr:g}, {optim.schedule}, warm-up {optim.warmup}; loss {' + '.join(losses)}",
         "steps": (
@@ -63,9 +64,11 @@ def end_screen(run: Run, summary: Record) -> str:
         lines[0] += f"; best {metric} on {run.config.data.val} {best[metric]:.4f} at step {best['step']}"
     checkpoint, program = run.checkpoints / "best.pt", f"{run.config.model.name.replace(':', '.')}.pt2"
     commands = {
-        "look": f"{run.folder / 'report.html'}, pictures in {run.folder / 'pictures'}",
+        "look": f"{run.folder / 'report.html'}, {run.folder / 'pictures'}",
         "score": f"python -m fcn evaluate --checkpoint {checkpoint}",
         "label": f"python -m fcn predict --checkpoint {checkpoint} --output predictions IMAGE_OR_FOLDER",
         "export": f"python -m fcn export --checkpoint {checkpoint} --output {program}",
     }
+    if not run.config.eval.pictures:
+        commands["look"] = f"python -m fcn report {run.folder}"
     return "\n".join([*lines, *(f"  {title:<8}{text}" for title, text in commands.items())])

@@ -49,10 +49,12 @@ def largest_difference(one: dict, other: dict) -> float:
 
 
 def test_a_run_leaves_what_the_design_names(tiny, tmp_path: Path) -> None:
-    done = train(2, tiny(data__test="train", train__ema=0.9, checkpoint__every=5))
+    done = train(2, tiny(data__test="train", train__ema=0.9, checkpoint__every=5, eval__pictures=2))
     folder = tmp_path / "run"
-    expected = {"config.yaml", "metrics.jsonl", "checkpoints", "pictures", "summary.json", "log.txt"}
-    assert expected == {path.name for path in folder.iterdir()}
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "checkpoints", "pictures", "summary.json", "log.txt", "heartbeat",
+        "scores_val.json", "scores_train.json", "report.html",
+    }  # fmt: skip
     assert [record["step"] for record in records(folder, "train")] == list(range(1, 11))
     assert [(record["step"], record["split"]) for record in records(folder, "eval")] == [
         (5, "val"),
@@ -69,10 +71,11 @@ def test_a_run_leaves_what_the_design_names(tiny, tmp_path: Path) -> None:
     average = load_checkpoint(checkpoints / f"step_{best['step']:08d}.pt")["ema"]
     assert all(torch.equal(best["model"][key], average[key]) for key in average), "what was scored is the average"
     assert {path.name for path in (folder / "pictures").iterdir()} == {
-        "val_00000005.png", "val_00000010.png", "train_00000010.png", "curves.png",
+        "val_00000005.png", "val_00000010.png", "train_00000010.png", "val_confusion.png", "train_confusion.png",
+        "val_worst.png", "train_worst.png", "curves.png",
     }  # fmt: skip
     assert done.stdout.count("step 7/10") == 1, "one progress line per process group, not per rank"
-    again = train(2, tiny(data__test="train", train__ema=0.9, checkpoint__every=5))
+    again = train(2, tiny(data__test="train", train__ema=0.9, checkpoint__every=5, eval__pictures=2))
     assert "this run is finished" in again.stdout
     assert not records(folder, "train")[10:]
 
@@ -95,7 +98,14 @@ def test_whole_images_of_mixed_size_give_the_same_numbers(tiny, tmp_path: Path) 
 )
 def test_killed_in_the_middle_of_an_epoch_ends_with_the_same_bytes(tiny, tmp_path: Path, precision: str) -> None:
     # 24 images and a batch of 8: an epoch has three steps, and a checkpoint is due every 4.
-    changes = {"train__ema": 0.9, "train__precision": precision, "train__steps": 40, "train__batch_size": 8, "eval__every": 20, "data__workers": 1}
+    changes = {
+        "train__ema": 0.9,
+        "train__precision": precision,
+        "train__steps": 40,
+        "train__batch_size": 8,
+        "eval__every": 20,
+        "data__workers": 1,
+    }
     whole, killed = (tiny(run_dir=str(tmp_path / name), **changes) for name in ("whole", "killed"))
     train(2, whole)
     with started(2, "train_ddp.py", "--config", killed) as process:
@@ -125,7 +135,11 @@ def undisturbed() -> list[Path]:
 
 @pytest.mark.parametrize(
     "target",
-    ["USR1 to one rank", "TERM to torchrun", pytest.param("TERM to every process of the ranks", marks=pytest.mark.campaign)],
+    [
+        "USR1 to one rank",
+        "TERM to torchrun",
+        pytest.param("TERM to every process of the ranks", marks=pytest.mark.campaign),
+    ],
 )
 def test_a_signal_saves_and_the_run_ends_with_the_same_bytes(tiny, tmp_path: Path, undisturbed, target) -> None:
     changes = {"train__steps": 60, "eval__every": 40, "data__workers": 1}
