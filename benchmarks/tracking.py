@@ -52,13 +52,13 @@ def main() -> None:
         "What W&B costs a run",
         command(),
         f"{args.model}, batch {args.batch} of {args.size[0]}×{args.size[1]}, a record a step, {args.steps} steps.\n\n"
-        + table(["", "images/s", f"beside {base}", "s from the last step to the exit"], rows),
+        + table(["", "images/s", f"beside {base}", "s from summary.json to the exit"], rows),
         args.dry_run,
     )
 
 
 def run(mode: str, address: str, model: str, size: tuple[int, int], batch: int, steps: int) -> tuple[float, float]:
-    """(images/s over all steps but the first ten, seconds from the last step to the end of the process)."""
+    """(images/s over all steps but the first ten, seconds from summary.json to the end of the process)."""
     with tempfile.TemporaryDirectory() as folder:
         keys = [
             "data.scale=[1,1]",

@@ -175,7 +175,7 @@ class WandB:
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait(("end", (summary, limit)))
         if not self._ended.wait(limit + 1):
-            self._left = _how_to_sync(self.start.run_dir, self.start.run_id)
+            self._left = _how_to_sync(self.start.run_dir, self.start.run_id, whole=False)
         if self._process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(max(0.5, min(2.0, deadline - time.monotonic())))
@@ -277,7 +277,7 @@ def main() -> None:
             left = _end(history, start, summary, limit, words)
     except Exception as error:
         say(f"warning: W&B failed; training goes on without ({type(error).__name__}: {_first_line(error)})")
-        left = _how_to_sync(start.run_dir, start.run_id)
+        left = _how_to_sync(start.run_dir, start.run_id, whole=False)
     _tell(outbox, left=left)
     os._exit(0)  # W&B's library would wait for its service, which leaves by itself
 
@@ -488,6 +488,8 @@ def _end(history: History, start: Start, summary: Record | None, limit: float, w
         best = start.run_dir / "checkpoints" / "best.pt"
         if finished and start.artifact and best.exists():
             _log_artifact(run, best, summary)
+        if summary and summary["status"] == "preempted":
+            run.mark_preempting()
         run.finish(exit_code=0 if finished else 1)
 
     in_time = _within(limit, finish)
@@ -599,25 +601,23 @@ def _fill(start: Start, end: int) -> None:
         raise RuntimeError("the server is too slow")
 
 
-def _how_to_sync(run_dir: Path, run_id: str) -> str | None:
-    """A line for the user, if there is something to upload."""
+def _how_to_sync(run_dir: Path, run_id: str, whole: bool = True) -> str | None:
+    """A line for the user, if there is something to upload; `whole` if the recordings lack nothing."""
     files = _unsynced(run_dir, run_id)
-    if not files:
-        return None
     command = ["wandb", "sync", *(str(file.parent) for file in files)]
-    if not all(_is_offline(file) for file in files):  # of which the server has a part, that `wandb sync` would repeat
+    if not whole or not all(_is_offline(file) for file in files):  # `wandb sync` would repeat what the server has
         command = ["python", "-m", "fcn.weights_and_biases", str(run_dir)]
-    return f"W&B: not uploaded yet: {shlex.join(command)}"
+    return f"W&B: not uploaded yet: {shlex.join(command)}" if files or not whole else None
 
 
 def upload(run_dir: Path) -> int:
     """Send what the server does not have of a run that is over; returns the exit status."""
     config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    found = recordings(run_dir, "*")
-    if not found:
+    locks = sorted((run_dir / "wandb").glob(".*.lock"), key=lambda path: path.stat().st_mtime)
+    if not locks:
         print(f"error: {run_dir}: W&B has recorded nothing here", file=sys.stderr)
         return 2
-    run_id = found[-1].stem.removeprefix("run-")
+    run_id = locks[-1].stem.removeprefix(".")
     records, options = read_records(run_dir / "metrics.jsonl"), config["wandb"] | {"mode": "online"}
     start = Start(
         **options, run_dir=run_dir, run_id=run_id, config=config, environment={}, records=records,
