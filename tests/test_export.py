@@ -21,6 +21,7 @@ from fcn.__main__ import main
 from fcn.checkpoint import save_checkpoint
 from fcn.distributed import World
 from fcn.errors import InputError
+from fcn.export import Segmenter, trace
 from fcn.inference import infer, load_trained
 from fcn.models import build_model
 
@@ -142,10 +143,9 @@ MODELS = [
     ("fcn8s", {"width": 4}),
     ("fcn8s", {"width": 4, "layout": "same"}),
     ("fcn_resnet18", {}),
-    ("fcn_resnet50", {}),
-    ("unet", {"width": 4}),
-    ("linknet", {}),
 ]
+SLOW = [("fcn_resnet50", {}), ("linknet", {})]
+"""To read back; it takes PyTorch ten seconds each."""
 REST = [
     ("fcn32s", {"width": 4}),
     ("fcn32s", {"width": 4, "layout": "same"}),
@@ -154,13 +154,14 @@ REST = [
     ("fcn8_kitti", {"width": 4}),
     ("fcn_resnet50", {"aux": False}),
     ("fcn_resnet101", {}),
+    ("unet", {"width": 4}),
     ("unet", {"width": 4, "norm": "none"}),
     ("linknet", {"encoder": "plain"}),
 ]
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [*MODELS, *(pytest.param(*case, marks=pytest.mark.campaign) for case in REST)]
+    ("name", "options"), [*MODELS, *(pytest.param(*case, marks=pytest.mark.campaign) for case in SLOW + REST)]
 )
 def test_a_file_gives_the_classes_of_predict_for_images_of_any_size(
     tmp_path: Path, run: Run, name: str, options: dict[str, Any]
@@ -175,6 +176,16 @@ def test_a_file_gives_the_classes_of_predict_for_images_of_any_size(
             found = run(program, planar(images[part]))
             assert found.dtype == np.uint8
             assert np.array_equal(found, classes[part])
+
+
+@pytest.mark.parametrize(("name", "options"), SLOW)
+def test_a_program_gives_the_network_s_logits(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    segmenter = Segmenter(load_trained(checkpoint(tmp_path, name, **options), [], CPU), logits=True).eval()
+    with torch.no_grad():
+        program = trace(segmenter).module()
+        for size in SIZES:
+            images = torch.from_numpy(planar(pictures(2, *size)))
+            assert torch.equal(program(images), segmenter(images))
 
 
 @pytest.mark.parametrize("settings", [{"precision": "fp64"}, {"precision": "fp32", "channels_last": False}], ids=str)
@@ -207,7 +218,7 @@ def test_logits_are_the_network_s_to_the_last_bit(tmp_path: Path, run: Run) -> N
 
 
 @pytest.mark.skipif(not HAS_ONNX, reason="needs onnx, onnxscript and onnxruntime")
-@pytest.mark.parametrize(("name", "options"), MODELS)
+@pytest.mark.parametrize(("name", "options"), [*MODELS, *SLOW, ("unet", {"width": 4})])
 def test_an_onnx_file_gives_the_classes_of_predict(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     import onnx
     import onnxruntime
