@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -166,9 +167,9 @@ def test_the_next_start_sends_what_is_missing_and_nothing_twice(tmp_path):
     assert [line for line in said if "ended" in line] == said
     assert len(said) == 1
     (file,) = recordings(tmp_path, RUN_ID)
-    whole = recorded_step(tmp_path, RUN_ID)
-    os.truncate(file, file.stat().st_size * 4 // 5)
-    assert 0 < recorded_step(tmp_path, RUN_ID) < whole
+    words = [match.start() for match in re.finditer(b"train/loss", file.read_bytes())]
+    os.truncate(file, words[2 * 13])  # in the middle of a record
+    assert 0 < recorded_step(tmp_path, RUN_ID) < 15, "the next start must look further back than its checkpoint"
     with tracker(tmp_path, said, records=records[:17]) as wandb:  # "a checkpoint at step 17"
         for record in records[17:]:
             wandb.log(record)
@@ -194,7 +195,8 @@ def test_a_stopped_run_keeps_its_last_step_for_the_next_start(tmp_path):
         wandb.log(eval_record(2))
         finish(wandb)
     recorded = Recorded(tmp_path)
-    assert [(item["_step"], item.get("val/miou")) for item in recorded.rows] == [(1, None), (2, 0.25)]
+    found = [(item["_step"], item["train/loss"], item.get("val/miou")) for item in recorded.rows]
+    assert found == [(1, 1, None), (2, 0.5, 0.25)]
     assert [alert["title"] for alert in recorded.contents("alert")] == ["Stopped by a signal"]
     assert [record.get("exit_code", 0) for record in recorded.contents("exit")] == [1, 0]
 
