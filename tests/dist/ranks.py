@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import multiprocessing.connection
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.multiprocessing as mp
 
 from fcn import distributed
@@ -30,8 +36,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, devices
 
     `devices` is CUDA_VISIBLE_DEVICES there: by default no GPU.
     """
-    context = mp.get_context("forkserver")  # imports PyTorch once, and forks before any thread is started
-    context.set_forkserver_preload(["fcn.engine"])
+    context = _context()
     queue = context.Queue()
     port = free_port()
     ranks = [
@@ -46,6 +51,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, devices
     failed = [result for result in results.values() if isinstance(result, _Failure)]
     assert not failed, "\n".join(failed)
     return [results[rank] for rank in range(world_size)]
+
+
+def _context() -> Any:
+    """Processes of a server that imports once what all of them need, and forks before any thread is started."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["train_ddp", "fcn.__main__", "torch._dynamo", "matplotlib.backends.backend_agg"])
+    return context
 
 
 class _Failure(str):
@@ -87,12 +99,30 @@ def environment() -> dict[str, str]:
     """Without GPUs, credentials, or variables of a launcher around the tests."""
     hidden = ("SLURM_", "WANDB_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
-    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ":".join((str(CHECKOUT), *IMPORTS))}
+    return kept | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": ":".join((str(CHECKOUT), *IMPORTS)),
+    }
 
 
 def run(processes: int, *arguments: str, status: int | None = 0) -> subprocess.CompletedProcess[str]:
-    """Run to the end and check the exit status (None: any)."""
-    done = subprocess.run(
+    """Run a command line to the end and check the exit status (None: any).
+
+    Under torchrun, if that is part of what is tested: where a rank fails, or torchrun has arguments of its own. A run
+    of several ranks that shall succeed, and any of one process, gets its processes from a server that has imported
+    PyTorch: same program, same arguments, same variables, some ten seconds sooner.
+    """
+    if arguments[0].startswith("--") or (processes > 1 and status != 0):
+        done = _run_under_torchrun(processes, *arguments)
+    else:
+        done = _run_at_once(processes, *arguments)
+    assert status is None or done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def _run_under_torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         command(processes, *arguments),
         cwd=CHECKOUT,
         env=environment(),
@@ -101,8 +131,47 @@ def run(processes: int, *arguments: str, status: int | None = 0) -> subprocess.C
         text=True,
         timeout=TIMEOUT_S,
     )
-    assert status is None or done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+
+
+def _run_at_once(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    place = {} if processes == 1 else {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    place |= {"MASTER_PORT": str(free_port())} if place else {}
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.NamedTemporaryFile()) for _ in range(2)]
+        ranks = []
+        for rank in range(processes):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if place else {}
+            names = [file.name for file in outputs]
+            target = (list(arguments), environment() | place | own, names)
+            ranks.append(_context().Process(target=_program_main, args=target))
+            ranks[-1].start()
+        deadline = time.monotonic() + TIMEOUT_S
+        while any(rank.is_alive() for rank in ranks):
+            failed = [rank for rank in ranks if rank.exitcode not in (None, 0)]
+            if (failed and processes > 1) or time.monotonic() > deadline:  # the others would wait for it
+                for rank in ranks:
+                    rank.kill()
+            multiprocessing.connection.wait([rank.sentinel for rank in ranks if rank.is_alive()], timeout=1)
+        stdout, stderr = (Path(file.name).read_text() for file in outputs)
+    codes = [rank.exitcode for rank in ranks]
+    return subprocess.CompletedProcess(arguments, next((code for code in codes if code), 0), stdout, stderr)
+
+
+def _program_main(arguments: list[str], environ: dict[str, str], outputs: list[str]) -> None:
+    """What `python ARGUMENTS` does, in a process that exists already."""
+    for number, name in enumerate([os.devnull, *outputs]):
+        os.dup2(os.open(name, os.O_RDWR | os.O_APPEND), number)
+    sys.stdin = os.fdopen(0)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(CHECKOUT)
+    sys.path[:0] = environ["PYTHONPATH"].split(":")
+    torch.set_num_threads(int(environ["OMP_NUM_THREADS"]))
+    module = arguments[0] == "-m"
+    sys.argv = arguments[1:] if module else arguments
+    start = functools.partial(runpy.run_module, alter_sys=True) if module else runpy.run_path
+    start(sys.argv[0], run_name="__main__")
 
 
 class Launched(subprocess.Popen):

@@ -68,7 +68,12 @@ def test_a_bad_step_of_one_rank_is_skipped_by_all(faulty, tmp_path: Path, value:
     states = []
     for processes in (1, 3):
         folder = tmp_path / f"run{processes}"
-        run(processes, "train_ddp.py", "--config", faulty([3, 4], value, run_dir=str(folder), train__precision=precision))
+        run(
+            processes,
+            "train_ddp.py",
+            "--config",
+            faulty([3, 4], value, run_dir=str(folder), train__precision=precision),
+        )
         lines = records(folder, "train")
         assert [line["step"] for line in lines] == list(range(1, 9))
         assert [line["step"] for line in lines if line["loss"] is None or line["grad_norm"] is None] == [3, 4]
@@ -81,7 +86,9 @@ def test_a_bad_step_of_one_rank_is_skipped_by_all(faulty, tmp_path: Path, value:
 
 def test_a_skipped_step_changes_no_weight_statistic_or_momentum(faulty, tmp_path: Path) -> None:
     """Steps 1 to 4 are bad: what is there after step 4 is what the seed made."""
-    run(2, "train_ddp.py", "--config", faulty([1, 2, 3, 4], train__max_nonfinite=4, train__steps=4, checkpoint__every=9))
+    run(
+        2, "train_ddp.py", "--config", faulty([1, 2, 3, 4], train__max_nonfinite=4, train__steps=4, checkpoint__every=9)
+    )
     end = load_checkpoint(tmp_path / "run")
     run(2, "train_ddp.py", "--config", faulty([], run_dir=str(tmp_path / "one"), train__steps=1, optim__lr=1e-30))
     start = load_checkpoint(tmp_path / "one")

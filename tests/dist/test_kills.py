@@ -106,9 +106,7 @@ def finish(config: str) -> None:
 PHASES = {"start-up", "steps", "save", "evaluation"}
 
 
-@pytest.mark.parametrize(
-    ("kills", "hit"), [(10, {"start-up"}), pytest.param(100, PHASES, marks=pytest.mark.campaign)]
-)
+@pytest.mark.parametrize(("kills", "hit"), [(10, {"start-up"}), pytest.param(100, PHASES, marks=pytest.mark.campaign)])
 def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(tiny, tmp_path: Path, kills: int, hit: set) -> None:
     def config(name: str) -> tuple[str, Path]:
         changes = {"train__steps": STEPS, "train__precision": "fp32", "train__ema": 0.9, "data__jitter": [0.3] * 4}

@@ -33,21 +33,30 @@ from tests.dist.ranks import run, run_ranks, started, wait_for_line
 from tests.dist.test_run import assert_same_tensors
 
 
+WITHOUT_NORM = {"fcn32s", "fcn16s", "fcn8s", "fcn8s same", "fcn8_kitti", "unet without norm"}
+FAMILIES = ["fcn8s", "fcn_resnet50", "unet", "unet without norm", "linknet"]
+"""One network of each; the others are made of the same parts."""
+
+
 @pytest.mark.parametrize(
-    ("processes", "accumulated"),
-    [((5,), (3,)), pytest.param((2, 3, 4, 5), (1, 3), marks=pytest.mark.campaign)],
+    ("processes", "accumulated", "networks"),
+    [
+        pytest.param((5,), (3,), FAMILIES, id="families"),
+        pytest.param((2, 3, 4, 5), (1, 3), list(NETWORKS), id="all", marks=pytest.mark.campaign),
+    ],
 )
-def test_gradient_of_every_network_is_the_same_and_that_of_plain_pytorch(processes, accumulated) -> None:
+def test_gradient_of_networks_is_the_same_and_that_of_plain_pytorch(processes, accumulated, networks) -> None:
     """Global batch 12 with very unequal ignore areas, one image ignored entirely; with and without accumulation.
 
     Five processes hold two or three of the twelve images.
     """
-    table = gradient_table(processes, accumulated, list(NETWORKS))
-    assert set(table) == set(NETWORKS)
+    table = gradient_table(processes, accumulated, networks)
+    assert set(table) == set(networks)
     values = {label: [value for value in entries.values() if value is not None] for label, entries in table.items()}
     assert {label: found for label, found in values.items() if not all(value <= 1e-12 for value in found)} == {}
     assert all(any(value > 0 for value in found) for found in values.values()), "rounding must show"
-    assert sum(entries["accumulated"] is not None for entries in table.values()) == 6, "networks without BatchNorm"
+    plain = {label for label, entries in table.items() if entries["accumulated"] is not None}
+    assert plain == set(networks) & WITHOUT_NORM
 
 
 LOSSES = {
@@ -84,18 +93,18 @@ def test_gradient_of_every_loss_is_the_same() -> None:
 
 
 STEPS = 100
-OTHERS = ((2, 2), (3, 2), (1, 0), (2, 0), (4, 0))
+OTHERS = ((2, 2), (3, 2), (4, 2), (1, 0), (2, 0), (3, 0))
 
 
 @pytest.fixture(scope="module")
 def alone(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """The end of a run of 100 steps in float64 on one process, with two workers."""
-    return train(1, shapes_root, "fp64", STEPS, 2, tmp_path_factory.mktemp("alone") / "1")
+    """The end of a run of 100 steps in float64 on one process, with a worker."""
+    return train(1, shapes_root, "fp64", STEPS, 1, tmp_path_factory.mktemp("alone") / "1")
 
 
 @pytest.mark.parametrize(
     ("processes", "workers"),
-    [(4, 2), *(pytest.param(*case, marks=pytest.mark.campaign) for case in ((3, 0), *OTHERS))],
+    [(4, 0), *(pytest.param(*case, marks=pytest.mark.campaign) for case in OTHERS)],
 )
 def test_a_hundred_steps_end_with_the_same_weights(alone, shapes_root, tmp_path, processes: int, workers: int) -> None:
     """Crop, flip, jitter, sync-BN, clipping and the average of the weights all take part."""
@@ -104,14 +113,14 @@ def test_a_hundred_steps_end_with_the_same_weights(alone, shapes_root, tmp_path,
     assert all(value <= 1e-9 for value in spread(end, alone).values())
 
 
-def test_interrupted_on_four_continued_on_one_three_and_two(alone, shapes_root: Path, tmp_path: Path) -> None:
+def test_interrupted_on_four_continued_on_one_and_three(alone, shapes_root: Path, tmp_path: Path) -> None:
     config = run_config(tmp_path, shapes_root, "fp64", STEPS, 1)
-    for processes, interrupt_at in ((4, 30), (1, 55), (3, 80)):
+    for processes, interrupt_at in ((4, 30), (1, 65)):
         with started(processes, "train_ddp.py", "--config", config) as process:
             wait_for_line(process, f"step {interrupt_at}/{STEPS}")
             process.kill_all()
         assert load_checkpoint(tmp_path / "run")["step"] < STEPS
-    run(2, "train_ddp.py", "--config", config)
+    run(3, "train_ddp.py", "--config", config)
     end = end_of_run(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["event"] == "train"] == list(range(1, STEPS + 1))
@@ -121,7 +130,7 @@ def test_interrupted_on_four_continued_on_one_three_and_two(alone, shapes_root: 
 @pytest.mark.parametrize(
     "cases",
     [
-        pytest.param(((1, (4,)), (2, ()), (3, ()), (4, (1,)), (7, (9,))), id="some"),
+        pytest.param(((1, (4,)), (3, (9,)), (7, ())), id="some"),
         pytest.param([(n, (1, 4, 9)) for n in (1, 2, 3, 4, 7)], id="all", marks=pytest.mark.campaign),
     ],
 )
@@ -166,7 +175,7 @@ def test_deterministic_runs_repeat_bit_for_bit_and_name_what_could_not(tiny, tmp
     monkeypatch.setattr("tests.dist.ranks.IMPORTS", (str(tmp_path),))
     states = []
     for name in ("one", "other"):
-        changes = {"model": {"name": "putting:build"}, "data__workers": 1, "train__precision": "fp32"}
+        changes = {"model": {"name": "putting:build"}, "train__precision": "fp32"}
         config = tiny(run_dir=str(tmp_path / name), train__deterministic=True, **changes)
         done = run(2, "train_ddp.py", "--config", config)
         assert done.stdout.count("no deterministic kernel for put_") == 1
