@@ -15,8 +15,8 @@ ORDER = (
     "data.transforms", "data.samplers", "data.loaders", "data.inspection",
     "models.layers", "models.custom", "models.fcn_resnet", "models.fcn_vgg", "models.linknet", "models.unet", "models",
     "losses", "metrics", "optim", "guard", "accounting", "pulse", "tracking", "checkpoint", "pretrained", "pictures",
-    "weights_and_biases", "run", "screens", "inference", "evaluation", "status", "report", "engine", "check",
-    "predictions", "export", "compare", "data.shapes", "__main__",
+    "wandb_process", "weights_and_biases", "run", "screens", "inference", "evaluation", "status", "report", "engine",
+    "check", "predictions", "export", "compare", "data.shapes", "__main__",
 )  # fmt: skip
 """A module imports only from modules before it. `data.shapes` writes a data set and is a command like `__main__`."""
 

@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fcn import weights_and_biases
+from fcn import wandb_process, weights_and_biases
 from fcn.data.labels import Classes
 from fcn.tracking import Record, Sample, Scores
-from fcn.weights_and_biases import Start, WandB, credentials, recorded_step, recordings, row
+from fcn.wandb_process import Start, credentials, recorded_step, recordings, row
+from fcn.weights_and_biases import WandB
 from tests.wandb_server import KEY, Server
 
 RUN_ID = "abcd1234"
@@ -145,7 +146,7 @@ def test_records_of_a_step_are_one_row_with_pictures_and_tables(tmp_path):
     assert [sorted(masks) for masks in panels["all_masks"]] == [["ground truth", "prediction"]] * 2
     assert (files / panels["all_masks"][1]["prediction"]["path"]).is_file()
     alerts = [alert["title"] for alert in recorded.contents("alert")]
-    assert sorted(alerts) == [weights_and_biases.SKIPPED, "title"], "skipped steps are told once"
+    assert sorted(alerts) == [wandb_process.SKIPPED, "title"], "skipped steps are told once"
     assert [line for line in said if "warning" in line] == []
     assert len(said) == 1
     assert said[0].endswith(f"wandb sync {files.parent}")
@@ -336,18 +337,18 @@ def test_a_server_gets_every_step_once_whatever_happened(tmp_path, monkeypatch):
 
 def test_a_working_directory_of_another_repository_is_named_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "working_directory" not in weights_and_biases._repositories()
+    assert "working_directory" not in wandb_process._repositories()
     commands = (
         ["init", "-q"],
         ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"],
     )
     for command in commands:
         subprocess.run(["git", *command], check=True)
-    found = weights_and_biases._repositories()["working_directory"]
+    found = wandb_process._repositories()["working_directory"]
     assert (found["dirty"], found["root"], len(found["commit"])) == (False, str(tmp_path), 40)
     (tmp_path / "a").write_text("1")
     subprocess.run(["git", "add", "a"], check=True)
-    assert weights_and_biases._repositories()["working_directory"]["dirty"]
+    assert wandb_process._repositories()["working_directory"]["dirty"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fcn.checkpoint import list_checkpoints, load_checkpoint
-from fcn.weights_and_biases import recordings
+from fcn.wandb_process import recordings
 from tests.dist.ranks import CHECKOUT, command, environment
 from tests.dist.test_kills import finish, finished_lines, kill, start
 from tests.test_weights_and_biases import Recorded, processes_about, wait_for
