@@ -43,7 +43,7 @@ def test_srun_alone_gives_the_group(slurm, shapes_root: Path, tmp_path: Path, la
     arguments = ["--config", "configs/quickstart.yaml", f"data.root={shapes_root}", f"run_dir={folder}", *overrides]
     done = srun(slurm, layout, "train_ddp.py", *arguments, **extra)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "on 2 x CPU (slurm)" in done.stdout
+    assert " 2 x CPU (slurm, " in done.stdout
     assert done.stdout.count("step 3/4") == 1
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["status"], summary["images"]) == ("finished", 10)
