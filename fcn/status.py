@@ -86,7 +86,7 @@ def _progress(folder: Path, signs: Sequence[Sign], now: float) -> list[str]:
     trained = [record for record in records if record["event"] == "train"]
     scored = [record for record in records if record["event"] == "eval"]
     lines = []
-    step = max((sign.step for sign in signs), default=trained[-1]["step"] if trained else 0)
+    step = max([sign.step for sign in signs] + [record["step"] for record in trained[-1:]], default=0)
     if trained:
         last = trained[-1]
         loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
