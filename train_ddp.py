@@ -58,7 +58,7 @@ def main(argv: list[str], world: World) -> int:
     describe_cache(run, console)
     for note in notes:
         console.line(f"note: {config.model.name}: {note}")
-    with Pulse(run.folder, world, distributed.gather(time.time())[0], run.steps) as pulse:
+    with Pulse(run.folder, world, distributed.gather(time.time())[0], run.step, run.steps) as pulse:
         summary = fit(run, console, trackers, stop, pulse)
         trackers.close(summary)
         pulse.state = summary["status"]

@@ -57,11 +57,11 @@ class Pulse:
     The training loop only sets attributes. A folder that is gone or full stops nothing: the next sign tries again.
     """
 
-    def __init__(self, folder: Path, world: World, started: float, steps: int, interval_s: float = INTERVAL_S) -> None:
-        self.folder, self.world, self.started, self.steps = folder / "heartbeat", world, started, steps
+    def __init__(self, folder: Path, world: World, started: float, step: int, steps: int) -> None:
+        self.folder, self.world, self.started = folder / "heartbeat", world, started
+        self.step, self.steps = step, steps
         # A thousand files that change at once are hard on a shared disk.
-        self.interval_s = max(interval_s, world.size / 25)
-        self.step = 0
+        self.interval_s = max(INTERVAL_S, world.size / 25)
         self.own_s: float | None = None
         self.data_s: float | None = None
         self.state = "running"

@@ -70,14 +70,20 @@ def _place(sign: Sign) -> str:
 
 def _is_alive(sign: Sign, now: float, here: str) -> bool:
     """Whether its signs come in time, and, where that can be seen, its process exists."""
-    if sign.host == here:
-        try:
-            os.kill(sign.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            pass  # somebody else's
+    if sign.host == here and not _exists(sign.pid):
+        return False
     return now - sign.written < 3 * sign.interval_s + 5
+
+
+def _exists(pid: int) -> bool:
+    """Whether a process of this machine lives; the dead whom nobody has buried, as in containers, do not."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except (OSError, IndexError):  # somebody else's process, or no /proc
+        return True
 
 
 def _progress(folder: Path, signs: Sequence[Sign], now: float) -> list[str]:

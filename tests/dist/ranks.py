@@ -170,6 +170,7 @@ def _program_main(arguments: list[str], environ: dict[str, str], outputs: list[s
     torch.set_num_threads(int(environ["OMP_NUM_THREADS"]))
     module = arguments[0] == "-m"
     sys.argv = arguments[1:] if module else arguments
+    sys.modules.pop("fcn.__main__", None)  # which the server has imported; runpy would warn
     start = functools.partial(runpy.run_module, alter_sys=True) if module else runpy.run_path
     start(sys.argv[0], run_name="__main__")
 

@@ -35,7 +35,7 @@ def test_a_live_run_then_a_killed_one_then_a_preempted_one_then_a_finished_one(t
 
     with started(1, "train_ddp.py", "--config", config) as launched:  # one rank less than before
         wait_for_line(launched, "resuming at step")
-        wait_for_line(launched, "loss ")
+        wait_for_line(launched, "data wait")
         launched.send_signal(signal.SIGTERM)
         assert launched.wait(60) == 75
     text = run(1, "-m", "fcn", "status", str(folder)).stdout
@@ -133,11 +133,12 @@ def test_files_of_an_earlier_start_and_broken_ones_do_not_count(tmp_path: Path) 
     assert [one.rank for one in read_signs(tmp_path)] == [0, 1]
 
 
-def test_a_process_of_this_machine_that_is_gone_is_seen_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("buried", [True, False])
+def test_a_process_of_this_machine_that_is_gone_is_seen_at_once(tmp_path: Path, buried: bool) -> None:
     child = os.fork()
     if child == 0:
         os._exit(0)
-    os.waitpid(child, 0)
+    os.waitid(os.P_PID, child, os.WEXITED | (0 if buried else os.WNOWAIT))
     here = {"host": socket.gethostname(), "world_size": 2}
     text, well = written(tmp_path, sign(0, **here, pid=os.getpid()), sign(1, **here, pid=child))
     assert not well
