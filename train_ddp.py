@@ -44,6 +44,7 @@ def main(argv: list[str], world: World) -> int:
     splits = distributed.together(lambda: open_splits(config))
     run, notes = build_run(config, world, splits)
     console = distributed.together(lambda: open_console(run))
+    stop.say = console.line
     start_or_resume(run, console)
     cached = run.train_split if isinstance(run.train_split, CachedDataset) else None
     if distributed.gather(is_finished(run))[0]:

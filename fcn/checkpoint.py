@@ -82,7 +82,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         path = newest
     problem = verify(path)
     if problem:
-        raise InputError(f"{path}: {problem}; use another checkpoint")
+        raise InputError(f"{path}: {problem}; give a .pt file, or a run directory that has one")
     state = read_plain(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path}: not a checkpoint of this program (format {FORMAT}); give a file that fcn wrote")

@@ -569,7 +569,13 @@ def _checked(
     problems += _cross_checks(parsed, source, world_size)
     if problems:
         raise InputError("\n".join(problems))
+    config.run_dir, config.data.root = _at_home(config.run_dir), _at_home(config.data.root)
     return config
+
+
+def _at_home(path: str) -> str:
+    """With the ~ at its start resolved, which a shell leaves alone in KEY=~/folder."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def _cross_checks(parsed: Mapping[str, Any], source: str, world_size: int) -> list[str]:

@@ -106,7 +106,8 @@ def _images(given: Path, output: Path) -> Iterator[tuple[Path, str]]:
         yield given, given.stem
         return
     if not given.is_dir():
-        raise InputError(f"{given}: no such file or folder; give images, or folders of images")
+        hint = f"; settings go behind --set: --set {given}" if "=" in str(given) else ""
+        raise InputError(f"{given}: no such file or folder; give images, or folders of images{hint}")
     visited = {os.path.realpath(output)}
     if os.path.realpath(given) in visited:
         raise InputError(f"--output {output}: is an input folder itself; choose another folder")

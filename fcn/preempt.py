@@ -28,6 +28,8 @@ class StopFlag:
     def __init__(self, leave: Callable[[int], None] = leave_at_once) -> None:
         self.received: set[int] = set()
         self.leave = leave
+        self.say: Callable[[str], None] = lambda text: None
+        """Tells the user that a signal has come."""
 
     def __call__(self) -> bool:
         return bool(self.received)
@@ -48,4 +50,8 @@ class StopFlag:
                 if number in (signal.SIGINT, signal.SIGTERM) and signal.SIGINT in self.received:
                     self.leave(number)
                 if number in SIGNALS:
+                    first = not self.received
                     self.received.add(number)
+                    if first:
+                        again = "; again to leave at once" if number == signal.SIGINT else ""
+                        self.say(f"{signal.Signals(number).name}: leaving after the next step, once it is saved{again}")

@@ -10,6 +10,7 @@ import torch
 
 from fcn.run import Run
 from fcn.tracking import Record
+from fcn.wandb_process import credentials
 
 
 def start_screen(run: Run, hosts: Sequence[str]) -> str:
@@ -30,18 +31,35 @@ def start_screen(run: Run, hosts: Sequence[str]) -> str:
     losses = [config.loss.name, *(f"{weight:g} {name}" for name, weight in added.items() if weight)]
     lines = {
         "model": f"{config.model.name}, {parameters:,} parameters{''.join(f', {option}' for option in options)}",
-        "on": f"{_devices(run, hosts)}; {', '.join([train.precision, *(name for name, on in switches.items() if on)])}",
+        "on": f"{_devices(run, hosts)}; {', '.join([_precision(run), *(name for name, on in switches.items() if on)])}",
         "data": f"{data.name} from {data.root}, {len(run.train_split.classes)} classes",
         "images": f"{sizes}; {shape}{resized}, flip {data.hflip:g}",
-        "batch": f"global batch {train.batch_size} = {world.size} processes x {share} images{passes}",
+        "batch": f"global batch {train.batch_size} = {_count(world.size, 'process')} x {share} images{passes}",
         "optim": f"{optim.name}, lr {optim.lr:g}, {optim.schedule}, warm-up {optim.warmup}; loss {' + '.join(losses)}",
         "steps": (
             f"{run.steps} = {run.steps * train.batch_size / len(run.train_split):.1f} epochs; "
             f"scored every {config.eval.every}, saved every {config.checkpoint.every}"
         ),
+        "W&B": _wandb(config.wandb.mode),
         "run": f"{run.folder}, {f'from step {run.step}' if run.step else 'no checkpoint, from the beginning'}",
     }
     return "\n".join(f"{title:<8}{text}" for title, text in lines.items())
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'es' * (number > 1)}"
+
+
+def _precision(run: Run) -> str:
+    half = run.config.train.precision in ("bf16", "fp16")
+    slow = half and run.world.device.type == "cpu"
+    return run.config.train.precision + (" (most CPUs are slow at it: train.precision=fp32)" if slow else "")
+
+
+def _wandb(mode: str) -> str:
+    if mode != "auto":
+        return mode
+    return "online" if credentials() else "offline (not logged in)"
 
 
 def _devices(run: Run, hosts: Sequence[str]) -> str:
@@ -61,7 +79,8 @@ def end_screen(run: Run, summary: Record) -> str:
     score = "absent (no valid pixel)" if summary["miou"] is None else f"{summary['miou']:.4f}"
     lines = [f"finished: mIoU {score} on {summary['split']} ({summary['images']} images)"]
     if metric:
-        lines[0] += f"; best {metric} on {run.config.data.val} {best[metric]:.4f} at step {best['step']}"
+        name = "mIoU" if metric == "miou" else metric
+        lines[0] += f"; best {name} on {run.config.data.val} {best[metric]:.4f} at step {best['step']}"
     checkpoint, program = run.checkpoints / "best.pt", f"{run.config.model.name.replace(':', '.')}.pt2"
     commands = {
         "look": f"{run.folder / 'report.html'}, {run.folder / 'pictures'}",

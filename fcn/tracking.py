@@ -142,7 +142,7 @@ class Console:
         try:
             if self.live:
                 # A progress line that wraps could not be rewritten.
-                shown = text if end else text[: os.get_terminal_size(self.stream.fileno()).columns - 1]
+                shown = text if end else _fitting(text, os.get_terminal_size(self.stream.fileno()).columns - 1)
                 padding = " " * (self._width - len(shown))
                 self._width = 0 if end else len(shown)
                 print(f"\r{shown}{padding}", end=end, file=self.stream, flush=True)
@@ -188,6 +188,13 @@ class Console:
 
     def close(self, summary: Record) -> None:
         pass  # there is still something to say
+
+
+def _fitting(text: str, width: int) -> str:
+    """As many whole fields of a progress line as fit."""
+    if len(text) <= width:
+        return text
+    return text[: width + 1].rpartition("  ")[0].rstrip() or text[:width]
 
 
 class JsonLines:

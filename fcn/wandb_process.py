@@ -415,6 +415,9 @@ def how_to_sync(run_dir: Path, run_id: str, whole: bool = True) -> str | None:
     command = ["wandb", "sync", *(str(file.parent) for file in files)]
     if not whole or not all(_is_offline(file) for file in files):  # `wandb sync` would repeat what the server has
         command = ["python", "-m", "fcn.weights_and_biases", str(run_dir)]
+    elif files == recordings(run_dir, run_id):  # one name for all of them, however often the run was started
+        folder = shlex.quote(str(run_dir / "wandb"))
+        return f"W&B: recorded offline; to upload it: wandb login, then wandb sync {folder}/offline-run-*-{run_id}"
     return f"W&B: not uploaded yet: {shlex.join(command)}" if files or not whole else None
 
 

@@ -18,3 +18,4 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
 fi
 
 torchrun --standalone --nproc_per_node="$processes" train_ddp.py --config configs/quickstart.yaml "$@"
+echo "In a shell of your own, before those commands: cd $checkout; source .venv/bin/activate"

@@ -933,3 +933,14 @@ def test_every_field_is_documented_under_its_name():
                 (documented if has_text else bare).append(f"{cls.name}.{statement.target.id}")
     assert bare == []
     assert len(documented) == len(list(fields(Config))) + len(sections)
+
+
+def test_a_home_folder_is_resolved_where_a_shell_leaves_it_alone(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/somebody")
+    overrides = ["data.root=~/camvid", "run_dir=~/runs/a~b"]
+    config = load_config(Path(__file__).parents[1] / "configs" / "linknet_camvid.yaml", overrides)
+    assert (config.data.root, config.run_dir) == ("/somebody/camvid", "/somebody/runs/a~b")
+    assert (
+        load_config(Path(__file__).parents[1] / "configs" / "linknet_camvid.yaml", ["run_dir=./runs//a~b"]).run_dir
+        == "./runs//a~b"
+    )

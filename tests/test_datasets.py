@@ -222,7 +222,7 @@ def test_missing_files_are_found_on_opening(voc, removed, more):
     with pytest.raises(InputError) as caught:
         build_dataset(Data(name="voc", root=str(voc)), "train")
     assert str(caught.value).startswith(f"{voc / removed[0]}: {more}")
-    assert "add the file or remove the entry" in str(caught.value)
+    assert "add it, or take the image out" in str(caught.value)
 
 
 def test_missing_camvid_mask(camvid):

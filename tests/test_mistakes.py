@@ -193,7 +193,7 @@ MISTAKES = {
     ),
     "an image without a mask": (
         my_masks(lost_mask), TRAIN, MINE,
-        "{folder}/mine/masks/d.png: no such file, but the split 'val' needs it; add the file or remove the entry",
+        "{folder}/mine/masks/d.png: no such file, but the split 'val' needs it; add it, or take the image out",
     ),
     "another model in the same folder": (
         nothing, TRAIN, f"{CONFIG} run_dir={{run}} {TINY} model.width=4",
@@ -215,6 +215,11 @@ MISTAKES = {
     "an image that is not there": (
         nothing, "fcn", "predict --checkpoint {run} --output {folder}/out x.jpg",
         "x.jpg: no such file or folder; give images, or folders of images",
+    ),
+    "a setting where predict expects an image": (
+        nothing, "fcn", "predict --checkpoint {run} --output {folder}/out {data} eval.flip=true",
+        "eval.flip=true: no such file or folder; give images, or folders of images; settings go behind --set: --set "
+        "eval.flip=true",
     ),
     "a training key while predicting": (
         nothing, "fcn", "predict --checkpoint {run} --output {folder}/out --set optim.lr=1 {data}",

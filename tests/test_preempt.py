@@ -52,6 +52,15 @@ def test_a_signal_sets_the_flag_and_nothing_else(flag, left, number):
     assert left.empty()
 
 
+def test_the_first_signal_is_acknowledged_at_once(flag, left):
+    said = []
+    flag.say = said.append
+    send(INT, lambda: said)
+    assert said == ["SIGINT: leaving after the next step, once it is saved; again to leave at once"]
+    send(INT, lambda: not left.empty())
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize("number", [TERM, USR1])
 def test_repeated_requests_of_a_scheduler_stay_harmless(flag, left, number):
     for _ in range(3):

@@ -66,7 +66,7 @@ def test_what_to_type_next(shapes_root: Path, tmp_path: Path, pictures: int) -> 
     run = run_of(shapes_root, tmp_path, 1, f"eval.pictures={pictures}")
     run.best = {"miou": 0.5, "step": 20}
     first, *rest = end_screen(run, {"miou": 0.25, "split": "val", "images": 10}).splitlines()
-    assert first == "finished: mIoU 0.2500 on val (10 images); best miou on val 0.5000 at step 20"
+    assert first == "finished: mIoU 0.2500 on val (10 images); best mIoU on val 0.5000 at step 20"
     best = tmp_path / "checkpoints" / "best.pt"
     assert f"python -m fcn evaluate --checkpoint {best}" in rest[1]
     assert ("report.html" in rest[0]) == bool(pictures)

@@ -142,6 +142,13 @@ def test_the_progress_line_of_a_long_run_stays_on_one_row_of_an_80_column_termin
     assert "1220/30000" in shown[0]
 
 
+def test_a_narrow_terminal_shows_whole_fields():
+    terminal = Terminal(60)
+    Console(terminal.stream).log(TRAIN)
+    (shown,) = screen(terminal.text(), 60)
+    assert shown == "step 1200/30000  loss 0.7123  123.4 images/s  ETA 3:05:07"
+
+
 def test_a_silent_console_shows_nothing(capfd):
     console = Console.silent()
     console.line("one")

@@ -230,8 +230,7 @@ def build_dataset(
             if missing:
                 more = f" (and {len(missing) - 1} more files of this split)" if len(missing) > 1 else ""
                 raise InputError(
-                    f"{missing[0]}: no such file{more}, but the split '{split}' needs it; add the file or remove the "
-                    f"entry"
+                    f"{missing[0]}: no such file{more}, but the split '{split}' needs it; add it, or take the image out"
                 )
         dataset = PairDataset(pairs, *classes_and_format(data))
     else:

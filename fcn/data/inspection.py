@@ -279,9 +279,7 @@ def _present(pairs: Sequence[tuple[Path, Path]], split: str, report: SplitReport
         if gone:
             report.incomplete |= set(map(str, pair))
             what = f"no such file, nor its mask {gone[1].name}" if len(gone) == 2 else "no such file"
-            report.faults.append(
-                f"{gone[0]}: {what}, but the split '{split}' needs it; add the file or remove the entry"
-            )
+            report.faults.append(f"{gone[0]}: {what}, but the split '{split}' needs it; add it, or take the image out")
         else:
             present.append(pair)
     report.faults += [

@@ -61,7 +61,7 @@ def spoil_jpeg(root: Path, name: str) -> None:
 
 FAULTS = {
     "missing folder": (edit("root: ", "root: /no/such/place"), ["data.root: /no/such/place", "no such folder"]),
-    "image without mask": (in_data(remove_mask), ["SegmentationClass/", "no such file", "remove the entry"]),
+    "image without mask": (in_data(remove_mask), ["SegmentationClass/", "no such file", "take the image out"]),
     "mask of another size": (in_data(resize_mask), ["SegmentationClass/", "found a mask of", "equal sizes"]),
     "label above the classes": (in_data(spoil_label), ["found label 42", "0 to 6 (7 classes)"]),
     "weights of other classes": (

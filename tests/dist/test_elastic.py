@@ -106,7 +106,7 @@ def test_a_machine_is_killed_and_comes_back(
     assert 5 < joined <= left < joined_again < STEPS
     for step in joined, joined_again:
         assert f"stopped by a signal at step {step}/{STEPS}" in log, "who is told of a join saves: no step is lost"
-    assert "= 1 processes x 11 images" in log
+    assert "= 1 process x 11 images" in log
     assert log.count("= 2 processes x 5 or 6 images") == 2
     assert [record["step"] for record in records(folder, "train")] == list(range(1, STEPS + 1))
     assert largest_difference(load_checkpoint(whole), load_checkpoint(folder)) <= 1e-9
