@@ -22,8 +22,9 @@ def start_screen(run: Run, hosts: Sequence[str]) -> str:
     switches = {"channels last": train.channels_last, "sync-BN": train.sync_bn, "compiled": train.compile}
     switches |= {"deterministic": train.deterministic, f"EMA {train.ema}": train.ema}
     low, high = train.batch_size // world.size, math.ceil(train.batch_size / world.size)
-    share = str(low) if low == high else f"{low} or {high}"
-    passes = f", {train.micro_batch} a pass" if train.micro_batch and train.micro_batch < high else ""
+    share = f"{low if low == high else f'{low} or {high}'} images"
+    if train.micro_batch and train.micro_batch < high:
+        share += f", {train.micro_batch} a pass"
     sizes = ", ".join(f"{name} {len(split)}" for name, split in run.splits.items())
     shape = "crop " + "x".join(map(str, data.crop)) if data.crop else "whole"
     resized = f", scale {data.scale[0]:g} to {data.scale[1]:g}" if data.scale else ""
@@ -34,7 +35,7 @@ def start_screen(run: Run, hosts: Sequence[str]) -> str:
         "on": f"{_devices(run, hosts)}; {', '.join([_precision(run), *(name for name, on in switches.items() if on)])}",
         "data": f"{data.name} from {data.root}, {len(run.train_split.classes)} classes",
         "images": f"{sizes}; {shape}{resized}, flip {data.hflip:g}",
-        "batch": f"global batch {train.batch_size} = {_count(world.size, 'process')} x {share} images{passes}",
+        "batch": f"global batch {train.batch_size} = {_processes(world.size)} x {share}; {_workers(data.workers)}",
         "optim": f"{optim.name}, lr {optim.lr:g}, {optim.schedule}, warm-up {optim.warmup}; loss {' + '.join(losses)}",
         "steps": (
             f"{run.steps} = {run.steps * train.batch_size / len(run.train_split):.1f} epochs; "
@@ -46,14 +47,18 @@ def start_screen(run: Run, hosts: Sequence[str]) -> str:
     return "\n".join(f"{title:<8}{text}" for title, text in lines.items())
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'es' * (number > 1)}"
+def _processes(number: int) -> str:
+    return f"{number} process{'es' * (number > 1)}"
 
 
 def _precision(run: Run) -> str:
     half = run.config.train.precision in ("bf16", "fp16")
     slow = half and run.world.device.type == "cpu"
     return run.config.train.precision + (" (most CPUs are slow at it: train.precision=fp32)" if slow else "")
+
+
+def _workers(number: int) -> str:
+    return f"{number or 'no'} loader{'s' * (number != 1)} each"
 
 
 def _wandb(mode: str) -> str:

@@ -48,7 +48,7 @@ def test_what_runs_where(shapes_root: Path, tmp_path: Path) -> None:
     assert found["on"].endswith("fp32, channels last, sync-BN, EMA 0.9")
     assert found["data"] == f"shapes from {shapes_root}, 7 classes"
     assert found["images"] == "train 24, val 10; crop 96x96, scale 0.8 to 1.25, flip 0.5"
-    assert found["batch"] == "global batch 16 = 3 processes x 5 or 6 images, 4 a pass"
+    assert found["batch"] == "global batch 16 = 3 processes x 5 or 6 images, 4 a pass; 1 loader each"
     assert found["optim"] == "adamw, lr 0.003, cosine, warm-up 20; loss cross_entropy + 0.5 dice"
     assert found["steps"] == "30 = 20.0 epochs; scored every 200, saved every 100"
     assert found["run"] == f"{tmp_path}, no checkpoint, from the beginning"

@@ -149,7 +149,7 @@ def test_records_of_a_step_are_one_row_with_pictures_and_tables(tmp_path):
     assert sorted(alerts) == [wandb_process.SKIPPED, "title"], "skipped steps are told once"
     assert [line for line in said if "warning" in line] == []
     assert len(said) == 1
-    assert said[0].endswith(f"wandb sync {files.parent}")
+    assert said[0].endswith(f"wandb sync {files.parents[1]}/offline-run-*-{RUN_ID}")
 
 
 def test_the_next_start_sends_what_is_missing_and_nothing_twice(tmp_path):

@@ -9,6 +9,7 @@ import multiprocessing.forkserver
 import random
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -242,15 +243,18 @@ def item_loader(dataset: Dataset, count: int, workers: int) -> DataLoader:
 
 
 def _loader(dataset: Dataset, sampler: Iterable, workers: int, device: torch.device) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_size=None,  # the sampler yields whole batches
-        sampler=sampler,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        multiprocessing_context=_worker_context() if workers else None,
-        worker_init_fn=_start_worker,
-    )
+    with warnings.catch_warnings():
+        # About more workers than cores, by each process; the start screen says how many there are.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        return DataLoader(
+            dataset,
+            batch_size=None,  # the sampler yields whole batches
+            sampler=sampler,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            multiprocessing_context=_worker_context() if workers else None,
+            worker_init_fn=_start_worker,
+        )
 
 
 @functools.cache
