@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from fcn.metrics import ConfusionMatrix
+from fcn.metrics import ConfusionMatrix, image_miou
 
 NAMES = ("a", "b", "c")
 LABELS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 2])
@@ -112,3 +114,25 @@ def test_all_reduce_of_one_process_changes_nothing():
     result = matrix(LABELS, PREDICTIONS)
     result.all_reduce()
     assert result.counts.tolist() == COUNTS
+
+
+def test_an_update_returns_the_counts_of_each_image():
+    generator = torch.Generator().manual_seed(0)
+    labels, predictions = (torch.randint(0, 4, (3, 5, 7), generator=generator) for _ in range(2))
+    labels[1, 2:] = 255
+    matrix = ConfusionMatrix(4)
+    counts = matrix.update(labels, predictions)
+    for image in range(3):
+        alone = ConfusionMatrix(4)
+        alone.update(labels[image], predictions[image])
+        assert torch.equal(counts[image], alone.counts)
+    assert torch.equal(matrix.counts, counts.sum(0))
+
+
+def test_the_score_of_an_image_is_over_its_own_classes_and_nan_without_a_valid_pixel():
+    labels = torch.tensor([[[0, 0, 1, 1]], [[255, 255, 255, 255]], [[2, 2, 2, 255]]])
+    predictions = torch.tensor([[[0, 1, 1, 1]], [[0, 1, 2, 3]], [[2, 2, 3, 0]]])
+    first, nothing, third = image_miou(ConfusionMatrix(4).update(labels, predictions)).tolist()
+    assert first == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert math.isnan(nothing)
+    assert third == pytest.approx((2 / 3 + 0) / 2)  # classes 2 and 3
