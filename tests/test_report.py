@@ -171,7 +171,7 @@ def test_it_says_what_ran_and_with_what(reports):
     text = Reader(reports.finished).text
     assert re.search(r"unet, [\d,]+ parameters", text)
     assert "1 x CPU" in text
-    assert "global batch 4 = 1 processes x 4 images" in text
+    assert "global batch 4 = 1 process x 4 images" in text
     assert "lr: 0.02" in text, "the config"
     for name, version in versions().items():
         assert f"{name} {version}" in text
