@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from fcn import distributed, pictures
 from fcn.data import masks
 from fcn.data.datasets import classes_and_format
-from fcn.data.images import decode, is_image, open_image, read_image
+from fcn.data.images import decode, is_image, open_image, read_pixels
 from fcn.data.layouts import LAYOUTS
 from fcn.data.loaders import eval_loader
 from fcn.data.masks import MaskFormat
@@ -165,7 +165,7 @@ class ImageBatches(Dataset):
         faults = []
         for place in places:
             try:
-                read.append((place, np.asarray(read_image(self.paths[place]))))
+                read.append((place, read_pixels(self.paths[place])))
             except InputError as error:
                 faults.append(str(error))
         loaded = []

@@ -170,9 +170,10 @@ def test_sound_data_give_status_0(clean):
     assert (status, of_kind("fault", lines), lines[-1]) == (0, [], "no faults, no warnings")
 
 
-def test_report_fits_80_columns(clean):
+def test_report_fits_80_columns(clean, shapes_root):
     paste = "loss.weights="
-    assert [line for line in clean[1] if len(line) > 80 and not line.startswith(paste)] == []
+    lines = [line.replace(str(shapes_root), "root") for line in clean[1] if not line.startswith(paste)]
+    assert [line for line in lines if len(line) > 80] == []
 
 
 def test_histogram_is_numpys(clean, shapes_root):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fcn.data.images import is_image, read_image
+from fcn.data.images import _decode_jpeg, is_image, read_image, read_pixels
 from fcn.errors import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
@@ -30,6 +30,51 @@ def test_grey_becomes_three_equal_channels(tmp_path, suffix):
     path = tmp_path / f"image{suffix}"
     Image.fromarray(np.full((5, 7), 90, np.uint8)).save(path)
     assert np.array_equal(read(path), np.full((5, 7, 3), 90))
+
+
+@pytest.mark.parametrize("keep_rgb", [False, True])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("quality", [30, 75, 98])
+def test_a_jpeg_has_pillows_bits(tmp_path, quality, subsampling, progressive, keep_rgb):
+    path, rng = tmp_path / "image.jpg", np.random.default_rng(quality)
+    for height, width in ((1, 1), (2, 3), (17, 16), (33, 70), (129, 95)):
+        smooth = np.asarray(Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8)).resize((width, height), 3))
+        pixels = (smooth + rng.integers(0, 30, smooth.shape)).clip(0, 255).astype(np.uint8)
+        chosen = {} if keep_rgb else {"subsampling": subsampling}
+        Image.fromarray(pixels).save(
+            path, quality=quality, progressive=progressive, keep_rgb=keep_rgb, restart_marker_blocks=3, **chosen
+        )
+        with Image.open(path) as opened:
+            assert _decode_jpeg(opened) is not None, "by the short way"
+        assert np.array_equal(read(path), np.asarray(Image.open(path)))
+
+
+def test_photographs_have_pillows_bits(voc_root, camvid_root):
+    photographs = sorted((voc_root / "JPEGImages").glob("*.jpg")) + sorted(camvid_root.rglob("*.jpg"))[::20]
+    assert len(photographs) > 150
+    for path in photographs:
+        assert np.array_equal(read_pixels(path), np.asarray(Image.open(path).convert("RGB"))), path
+
+
+def test_a_jpeg_with_a_flaw_is_what_pillow_makes_of_it(tmp_path):
+    """Bytes between segments, which decoders warn of and skip; and bytes that change in the middle of the data."""
+    path = tmp_path / "image.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(path, quality=90)
+    whole, seen = bytearray(path.read_bytes()), set()
+    for place in range(len(whole) // 3, len(whole) - 2, len(whole) // 40):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        with Image.open(path) as opened:
+            seen.add(_decode_jpeg(opened) is None)
+        try:
+            expected = np.asarray(Image.open(path))
+        except OSError:
+            with pytest.raises(InputError, match="broken image"):
+                read(path)
+        else:
+            assert np.array_equal(read(path), expected)
+    assert seen == {False, True}, "noticed, and not"
 
 
 @pytest.mark.parametrize(("suffix", "dtype"), [(".png", np.uint16), (".tif", np.uint16), (".tif", np.int32)])

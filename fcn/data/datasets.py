@@ -14,7 +14,7 @@ from PIL import Image
 from fcn import user_code
 from fcn.config import Data
 from fcn.data import masks
-from fcn.data.images import decode, open_image, read_image, to_rgb
+from fcn.data.images import decode, open_image, read_pixels, to_rgb
 from fcn.data.labels import IGNORE_INDEX, Classes, voc_palette
 from fcn.data.layouts import LAYOUTS, Listing, missing_files
 from fcn.data.masks import MaskFormat
@@ -74,20 +74,16 @@ class PairDataset:
         return self._sizes[index]
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
-        image, labels = self._decode(index)
-        return image, Image.fromarray(labels)
+        pixels, labels = self.read_arrays(index)
+        return Image.fromarray(pixels), Image.fromarray(labels)
 
     def read_arrays(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The same as arrays, (H, W, 3) and (H, W) uint8, with fewer copies."""
-        image, labels = self._decode(index)
-        return np.asarray(image), labels
-
-    def _decode(self, index: int) -> tuple[Image.Image, np.ndarray]:
         image_path, mask_path = self.pairs[index]
-        image = read_image(image_path)
+        pixels = read_pixels(image_path)
         mask = decode(mask_path)
-        check_sizes(image_path, image.size, mask_path, mask.size)
-        return image, self.format.decode(mask, mask_path)
+        check_sizes(image_path, (pixels.shape[1], pixels.shape[0]), mask_path, mask.size)
+        return pixels, self.format.decode(mask, mask_path)
 
 
 def check_sizes(image_path: Path, image: tuple[int, int], mask_path: Path, mask: tuple[int, int]) -> None:

@@ -46,8 +46,8 @@ class Batch(NamedTuple):
         return bool((self.sizes != torch.tensor(self.labels.shape[1:3])).any())
 
 
-def count_labels(labels: np.ndarray) -> torch.Tensor:
-    """(N, H, W) uint8 → (N, 256) int64: pixels of each value in each image."""
+def count_labels(labels: Sequence[np.ndarray]) -> torch.Tensor:
+    """(H, W) uint8 each → (N, 256) int64: pixels of each value in each image."""
     rows = [torch.bincount(torch.from_numpy(image).flatten(), minlength=256) for image in labels]
     return torch.stack(rows) if rows else torch.zeros(0, 256, dtype=torch.int64)
 
@@ -72,14 +72,22 @@ def pad_collate(
         canvas: height and width of the images where they are not yet of their labels' size; by default `size`.
     """
     size = size or largest(labels)
-    stacked = np.zeros((len(images), *(canvas or size), 3), np.uint8)
-    targets = np.full((len(images), *size), IGNORE_INDEX, np.uint8)
-    for row, (image, target) in enumerate(zip(images, labels, strict=True)):
-        stacked[row, : image.shape[0], : image.shape[1]] = image
-        targets[row, : target.shape[0], : target.shape[1]] = target
+    stacked = _stack(images, (*(canvas or size), 3), 0)
+    targets = _stack(labels, size, IGNORE_INDEX)
     sizes = torch.tensor([target.shape for target in labels], dtype=torch.int64).reshape(-1, 2)
     numbers = [torch.tensor(column, dtype=torch.int64) for column in (indices, keys or [0] * len(images))]
-    return Batch(torch.from_numpy(stacked), torch.from_numpy(targets), sizes, *numbers, count_labels(targets))
+    counts = count_labels([row[:height, :width] for row, (height, width) in zip(targets, sizes.tolist(), strict=True)])
+    counts[:, IGNORE_INDEX] += size[0] * size[1] - sizes.prod(1)
+    return Batch(torch.from_numpy(stacked), torch.from_numpy(targets), sizes, *numbers, counts)
+
+
+def _stack(arrays: Sequence[np.ndarray], shape: tuple[int, ...], beside: int) -> np.ndarray:
+    """(N, *shape) uint8: each array at the top left, and a number beside it."""
+    stacked = np.empty((len(arrays), *shape), np.uint8)
+    for row, array in zip(stacked, arrays, strict=True):
+        height, width = array.shape[:2]
+        row[:height, :width], row[:height, width:], row[height:] = array, beside, beside
+    return stacked
 
 
 def largest(arrays: Sequence[np.ndarray]) -> tuple[int, int]:

@@ -62,12 +62,11 @@ class MaskFormat:
             places = np.where((numbers < 0) | (numbers > 65535), 65536, numbers) if wide else numbers
             if mask.mode == "1" and 1 not in dict(self.values):  # one bit where the other masks say 0 and 255
                 numbers = places = numbers * np.uint8(255)
-            labels = (
-                places if _are_labels(places, self.values) else _look_up(_value_table(self.values, self.other), places)
-            )
+            ready = _are_labels(places, self.values)
+            labels = places if ready else _look_up(_value_table(self.values, self.other), places)
             if mask.mode == "P" and self._palette_disagrees(mask):
                 return self._checked(_colour_table(self.colours, NO_CLASS)[_colours(mask)], numbers, source)
-            return self._checked(labels, numbers, source)
+            return self._without_ignored(labels) if ready else self._checked(labels, numbers, source)
         if numbers is not None or mask.mode == "F":
             raise self._wrong_mode(mask, source)
         colours = _colours(mask)
@@ -163,7 +162,7 @@ def _may_disagree(palette: bytes, *lists: Any) -> bool:
 def _are_labels(places: np.ndarray, values: tuple[tuple[int, int], ...]) -> bool:
     """Whether bytes are class indices, or 255, already; seen in a quarter of the time of a look-up."""
     count = _indices_only(values)
-    return bool(count and places.dtype == np.uint8 and not ((places >= count) & (places != IGNORE_INDEX)).any())
+    return bool(count and places.dtype == np.uint8 and (places + np.uint8(1)).max() <= count)  # 255 + 1 is 0 in bytes
 
 
 @functools.lru_cache(maxsize=4)

@@ -147,10 +147,11 @@ def resize(pixels: np.ndarray, plan: Plan) -> np.ndarray:
         return pixels[plan.top : plan.top + plan.height, plan.left : plan.left + plan.width]
     top, bottom, above = source_span(plan.top, plan.height, pixels.shape[0], plan.step)
     left, right, before = source_span(plan.left, plan.width, pixels.shape[1], plan.step)
-    window = torch.from_numpy(pixels[top:bottom, left:right].copy())[None].permute(0, 3, 1, 2)  # seen as channels-last
+    window = np.require(pixels[top:bottom, left:right], requirements=["C", "W"])
+    planes = torch.from_numpy(window)[None].permute(0, 3, 1, 2)  # seen as channels-last
     # The size of the result is rounded down: not to lose its last pixel, the factor is a hair larger.
     factor = float(1 / plan.step) * (1 + 1e-12)
-    resized = nn.functional.interpolate(window, scale_factor=factor, mode="bilinear", antialias=True)
+    resized = nn.functional.interpolate(planes, scale_factor=factor, mode="bilinear", antialias=True)
     rows, columns = slice(above, above + plan.height), slice(before, before + plan.width)
     return resized[0, :, rows, columns].permute(1, 2, 0).numpy()
 
