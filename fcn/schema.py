@@ -297,7 +297,10 @@ def _number_hint(hint: Any, value: Any) -> str:
 
 def _word_hint(hint: Any, value: Any) -> str:
     """The accepted word that a wrong one looks like."""
-    close = difflib.get_close_matches(value, _words(hint), n=1, cutoff=0.5) if isinstance(value, str) else []
+    words = _words(hint)
+    if "disabled" in words and str(value).lower() in ("off", "none", "no", "false"):
+        return "; did you mean disabled?"
+    close = difflib.get_close_matches(value, words, n=1, cutoff=0.5) if isinstance(value, str) else []
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -760,6 +760,9 @@ def test_override_wins(load, overrides, key, value):
     assert found == value
 
 
+MODES = "accepted: one of auto, online, offline, disabled"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -770,6 +773,9 @@ def test_override_wins(load, overrides, key, value):
         ("optim.lr=1e-3", "optim.lr: found the text '1e-3'; accepted: a number above 0; YAML reads 1e-3 as a text"),
         ("optim.lr=", "optim.lr: found null"),
         ("optim=3", "optim: found 3"),
+        ("wandb.mode=off", f"wandb.mode: found the text 'off'; {MODES}; did you mean disabled?"),
+        ("wandb.mode=false", f"wandb.mode: found false; {MODES}; did you mean disabled?"),
+        ("wandb.mode=ofline", f"wandb.mode: found the text 'ofline'; {MODES}; did you mean offline?"),
         ("optim.lr.x=3", "optim.lr: found a section"),
         ("optim={lr: 1, lr: 2}", "optim.lr: found twice"),
         ("optim.lr=[1", "not valid YAML"),
