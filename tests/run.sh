@@ -10,6 +10,6 @@ cd "$checkout"
 
 ruff check .
 ruff format --check .
-# A process of pytest on each core, and a thread in each: a file's tests stay together, the slow files come first.
+# A process of pytest on each core, and a thread in each. The tests of a file stay together.
 export OMP_NUM_THREADS=1
 exec python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"

@@ -101,17 +101,17 @@ def test_killed_in_the_middle_of_an_epoch_ends_with_the_same_bytes(tiny, tmp_pat
     changes = {
         "train__ema": 0.9,
         "train__precision": precision,
-        "train__steps": 40,
+        "train__steps": 24,
         "train__batch_size": 8,
-        "eval__every": 20,
+        "eval__every": 12,
         "data__workers": 1,
     }
     whole, killed = (tiny(run_dir=str(tmp_path / name), **changes) for name in ("whole", "killed"))
     train(2, whole)
     with started(2, "train_ddp.py", "--config", killed) as process:
-        wait_for_line(process, "step 7/40")
+        wait_for_line(process, "step 7/24")
         process.kill_all()
-    assert 4 <= load_checkpoint(tmp_path / "killed")["step"] < 40
+    assert 4 <= load_checkpoint(tmp_path / "killed")["step"] < 24
     assert "resuming at step" in train(2, killed).stdout
     assert_same_tensors(load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "killed"))
     columns = [[(r["step"], r["loss"]) for r in records(tmp_path / name, "train")] for name in ("whole", "killed")]
@@ -142,20 +142,20 @@ def undisturbed() -> list[Path]:
     ],
 )
 def test_a_signal_saves_and_the_run_ends_with_the_same_bytes(tiny, tmp_path: Path, undisturbed, target) -> None:
-    changes = {"train__steps": 60, "eval__every": 40, "data__workers": 1}
+    changes = {"train__steps": 40, "eval__every": 30, "data__workers": 1}
     whole, stopped = (tiny(run_dir=str(tmp_path / name), **changes) for name in ("whole", "stopped"))
     if not undisturbed:
         train(2, whole)
         undisturbed.append(tmp_path / "whole")
     with started(2, "train_ddp.py", "--config", stopped) as process:
-        wait_for_line(process, "step 6/60")
+        wait_for_line(process, "step 6/40")
         SIGNALS[target](process)
         wait_for_line(process, "stopped by a signal")
         process.communicate(timeout=60)
         assert not process.family(), "nobody is left"
     summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
     assert summary["status"] == "preempted"
-    assert 6 <= summary["step"] < 60
+    assert 6 <= summary["step"] < 40
     train(2, stopped)
     assert_same_tensors(load_checkpoint(undisturbed[0]), load_checkpoint(tmp_path / "stopped"))
 

@@ -41,6 +41,9 @@ NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPU
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
+MORTAL = ("setpriv", "--pdeathsig", "TERM")
+"""Before a daemon: it ends with the tests, even if they are killed."""
+
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
@@ -57,7 +60,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     environ = {**os.environ, "SLURM_CONF": str(conf), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     with contextlib.ExitStack() as daemons:
         daemons.enter_context(_munge(folder, environ))
-        command = ["slurmctld", "-D"]
+        command = [*MORTAL, "slurmctld", "-D"]
         process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         daemons.callback(_end, process)
         for name in ("n1", "n2"):
@@ -77,7 +80,7 @@ def revive(slurm: dict[str, str]) -> Iterator[Callable[[str], None]]:
 def start_node(slurm: dict[str, str], name: str) -> Iterator[None]:
     """The daemon of a node, until the end of the block."""
     process = subprocess.Popen(
-        ["slurmd", "-D", "-N", name], env=slurm, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*MORTAL, "slurmd", "-D", "-N", name], env=slurm, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         yield
@@ -95,7 +98,9 @@ def _munge(folder: Path, environ: dict[str, str]) -> Iterator[None]:
     Path("/run/munge").mkdir(exist_ok=True)
     os.chown("/run/munge", user.pw_uid, user.pw_gid)
     with (folder / "munged.log").open("w") as log:
-        process = subprocess.Popen(["runuser", "-u", "munge", "--", "munged", "--foreground"], stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [*MORTAL, "runuser", "-u", "munge", "--", "munged", "--foreground"], stdout=log, stderr=log
+        )
     try:
         _wait_for(lambda: subprocess.run(["munge", "-n"], env=environ, capture_output=True).returncode == 0, folder)
         yield

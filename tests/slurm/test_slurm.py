@@ -27,7 +27,7 @@ from tests.dist.test_run import assert_same_tensors, records, train
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 300
+STEPS = 200
 NETWORK = """
     import time
     from fcn.models import build_model
@@ -144,7 +144,7 @@ def test_warned_it_saves_queues_itself_again_and_ends_as_if_nothing_had_happened
         job.warn()
         job.wait_for(lambda: "resuming at step" in job.log())
         job.wait_for(job.is_over, 300)
-        assert re.search(r"stopped by a signal at step \d+/300 after saving", job.log())
+        assert re.search(r"stopped by a signal at step \d+/200 after saving", job.log())
         assert_undisturbed(job, whole)
         ranks = {path.parent.name for path in (tmp_path / "logs").rglob("stdout.log")}
         assert ranks == {"0"}, "each node's torchrun keeps a log of its rank"
@@ -153,7 +153,7 @@ def test_warned_it_saves_queues_itself_again_and_ends_as_if_nothing_had_happened
 @pytest.mark.campaign
 def test_the_time_limit_warns_it(slurm, shapes_root, tmp_path, whole) -> None:
     """SLURM looks at time limits twice a minute, so the warning comes 20 to 50 s after the start."""
-    with submitted(slurm, tmp_path, shapes_root, "--time=2", "--signal=B:USR1@70", delay=0.1) as job:
+    with submitted(slurm, tmp_path, shapes_root, "--time=2", "--signal=B:USR1@70", delay=0.2) as job:
         job.wait_for(lambda: "stopped by a signal at step" in job.log())
         job.wait_for(job.is_over, 400)
         assert "resuming at step" in job.log()
