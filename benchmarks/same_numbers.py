@@ -189,7 +189,7 @@ def run_config(folder: Path, data: Path, precision: str, steps: int, workers: in
     config["train"] |= {"grad_clip": 0.5, "ema": 0.9}
     config["optim"] |= {"name": "sgd", "lr": 0.01, "warmup": 5}
     config["eval"] |= {"every": steps, "batch_size": 4, "pictures": 0}
-    config["checkpoint"]["every"] = 25
+    config["checkpoint"]["every"] = 5
     config["wandb"]["mode"] = "disabled"
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
