@@ -16,7 +16,8 @@ from fcn import cli
 from fcn.data.shapes import write_shapes
 
 ROOT = Path(__file__).parents[1]
-TRAIN, CONFIG = "train_ddp.py", "--config configs/quickstart.yaml data.root={data}"
+TRAIN, CONFIG = "train_ddp.py", "--config configs/quickstart.yaml data.root={data} run_dir={folder}/run"
+AGAIN = CONFIG.replace("{folder}/run", "{run}")
 TINY = (
     "data.workers=0 data.crop=[32,32] model.width=2 train.batch_size=2 train.steps=1 eval.every=100 eval.pictures=0 "
     "wandb.mode=disabled"
@@ -196,12 +197,12 @@ MISTAKES = {
         "{folder}/mine/masks/d.png: no such file, but the split 'val' needs it; add it, or take the image out",
     ),
     "another model in the same folder": (
-        nothing, TRAIN, f"{CONFIG} run_dir={{run}} {TINY} model.width=4",
+        nothing, TRAIN, f"{AGAIN} {TINY} model.width=4",
         "{run}/checkpoints/step_00000001.pt: this checkpoint belongs to another run: model.width: 2 → 4; set these "
         "keys back to resume, or give the new run its own run_dir",
     ),
     "a second run where one is": (
-        nothing, TRAIN, CONFIG + " run_dir={run} resume=never",
+        nothing, TRAIN, AGAIN + " resume=never",
         "{run}: resume=never, but a run is there; choose another run_dir or delete this one",
     ),
     "a run that never began": (
