@@ -23,7 +23,7 @@ from benchmarks.common import command, parser, publish, ratios, settings, spread
 from benchmarks.loader import Pairs, Sample, collate, finish
 from fcn import distributed
 from fcn.data.datasets import build_dataset, list_split
-from fcn.data.images import decode, read_image
+from fcn.data.images import decode
 from fcn.data.transforms import EvalTransform
 from fcn.evaluation import evaluate
 from fcn.models import build_model
@@ -97,7 +97,7 @@ class Samples(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         image, mask = self.pairs[index]
-        return finish(*self.transform(read_image(image), decode(mask)))
+        return finish(*self.transform(decode(image).convert("RGB"), decode(mask)))
 
 
 @torch.inference_mode()

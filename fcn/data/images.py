@@ -39,11 +39,6 @@ def read_pixels(path: Path) -> np.ndarray:
         return np.asarray(to_rgb(_load(image, path), path)) if pixels is None else pixels
 
 
-def read_image(path: Path) -> Image.Image:
-    """The same as an image."""
-    return Image.fromarray(read_pixels(path))
-
-
 def _decode_jpeg(image: Image.Image) -> np.ndarray | None:
     """The pixels of an upright colour JPEG that is just opened; None for anything else, and if anything is amiss.
 
@@ -59,7 +54,7 @@ def _decode_jpeg(image: Image.Image) -> np.ndarray | None:
 
 
 def to_rgb(image: Image.Image, source: object) -> Image.Image:
-    """See `read_image`; `source` names the image in messages."""
+    """See `read_pixels`; `source` names the image in messages."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about transparency in palettes, which is dropped, and about EXIF
         try:

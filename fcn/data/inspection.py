@@ -29,7 +29,7 @@ from fcn.data.datasets import (
     check_sizes,
     list_split,
 )
-from fcn.data.images import ON_ITS_SIDE, decode, open_image, orientation, read_image
+from fcn.data.images import ON_ITS_SIDE, decode, open_image, orientation, read_pixels
 from fcn.data.labels import IGNORE_INDEX
 from fcn.data.layouts import LAYOUTS, missing_files
 from fcn.data.loaders import item_loader
@@ -106,11 +106,11 @@ class Inspector(Dataset):
             if self.headers_only and _has_its_end(path, image.format):
                 sideways = orientation(image) in ON_ITS_SIDE
                 return image.size[::-1] if sideways else image.size
-        size = read_image(path).size
+        height, width = read_pixels(path).shape[:2]
         self._hidden(path, sample)
         if not self.headers_only:
             sample.digest = hashlib.blake2b(path.read_bytes()).digest()
-        return size
+        return width, height
 
     def _hidden(self, path: Path, sample: Sample) -> None:
         complaint = hidden_damage(path)

@@ -20,14 +20,15 @@ def without() -> list[dict]:
 
 
 def assert_as_without(tiny, tmp_path: Path, without: list[dict], **keys) -> tuple[str, list[str]]:
-    """Three epochs of two processes with a worker each; returns what they printed, and the warnings about the cache."""
+    """Three epochs of two processes with a worker each; returns what they printed, and the warnings in it."""
     if not without:
         train(2, tiny(run_dir=str(tmp_path / "without"), **CHANGES))
         without.append(load_checkpoint(tmp_path / "without"))
     done = train(2, tiny(run_dir=str(tmp_path / "run"), data__workers=1, **CHANGES, **keys))
     assert_same_tensors(load_checkpoint(tmp_path / "run"), without[0])
     shown = done.stdout + done.stderr
-    return shown, [line for line in shown.splitlines() if "warning: data.cache" in line]
+    # That one process is slower than the other is the machine's doing.
+    return shown, [line for line in shown.splitlines() if "warning" in line.lower() and " is slow: " not in line]
 
 
 def test_a_cache_on_a_disk_changes_no_number(tiny, tmp_path: Path, without) -> None:
