@@ -22,12 +22,9 @@ import torch
 
 from fcn import distributed
 from fcn.config import Config, config_from_dict
-from fcn.distributed import World
-from fcn.engine import fit
-from fcn.preempt import StopFlag
-from fcn.run import build_run
-from fcn.tracking import Console, JsonLines, Record, Scores, Trackers
-from train_ddp import open_splits
+from fcn.distributed import DistributedContext, StopFlag
+from fcn.tracking import Console, MetricsFile, Record, Tracker, Trackers
+from fcn.training import build_run, fit, open_splits
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("RESULTS.md")
@@ -149,20 +146,20 @@ def settings(
     return config_from_dict(values, "benchmark", list(overrides))
 
 
-def harness(world: World, turn: Callable[[float], None], config: Config) -> None:
+def harness(context: DistributedContext, turn: Callable[[float], None], config: Config) -> None:
     """Train as `train_ddp.py` does; rank 0 calls `turn(seconds)` after every `train.log_every` steps."""
-    run, _ = build_run(config, world, open_splits(config))
+    run, _ = build_run(config, context, open_splits(config))
     run.folder.mkdir(parents=True, exist_ok=True)
     console, trackers = Console.silent(), Trackers(print)
-    if world.rank == 0:
+    if context.rank == 0:
         console.file = Console(log_file=run.folder / "log.txt").file
         trackers.add(lambda: console)
-        trackers.add(lambda: JsonLines(run.folder / "metrics.jsonl"))
+        trackers.add(lambda: MetricsFile(run.folder / "metrics.jsonl"))
         trackers.add(lambda: _Turns(turn))
     fit(run, console, trackers, StopFlag())
 
 
-class _Turns:
+class _Turns(Tracker):
     """A tracker that hands over when a window of steps is done."""
 
     def __init__(self, turn: Callable[[float], None]) -> None:
@@ -173,29 +170,17 @@ class _Turns:
             self.turn(time.perf_counter() - self.began)
             self.began = time.perf_counter()
 
-    def show(self, scores: Scores) -> None:
-        pass
-
-    def alert(self, title: str, text: str) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
-
-    def close(self, summary: Record) -> None:
-        pass
-
 
 class Job:
     """Processes of one group that work when it is their turn, so that several jobs can be timed in turn.
 
-    `function(world, turn, *args)` runs on each; rank 0 calls `turn(seconds)` after each window of steps, which returns
-    when the job's next turn has come. The other ranks wait for rank 0 in a collective.
+    Each process runs `function(context, turn, *args)`. After each window of steps, rank 0 calls `turn(seconds)`, which
+    returns when the job's next turn has come. The other ranks wait for rank 0 in a collective.
     """
 
     def __init__(self, processes: int, threads: int | None, function: Callable[..., None], *args: Any) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["fcn.engine"])
+        context.set_forkserver_preload(["fcn.training.loop"])
         with contextlib.closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -22,12 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.common import command, parser, publish, ratios, settings, spread, table, take_turns
 from benchmarks.loader import Pairs, Sample, collate, finish
 from fcn import distributed
-from fcn.data.datasets import build_dataset, list_split
-from fcn.data.images import decode
-from fcn.data.transforms import EvalTransform
-from fcn.evaluation import evaluate
-from fcn.models import build_model
-from fcn.run import DTYPES, Numerics
+from fcn.data import EvalTransform, build_dataset, decode
+from fcn.data.datasets import list_split
+from fcn.evaluation import Evaluator, evaluate_split
+from fcn.models import DTYPES, Precision, build_model
 
 CLASSES = 21
 
@@ -48,8 +46,8 @@ def main() -> None:
     for preset in args.presets:
         count, took, different = compare(args, preset)
         for name, seconds in took.items():
-            pace, ratio = [count / one for one in seconds], ratios(took["other loop"], seconds)
-            rows.append([preset, name, spread(pace), spread(ratio), f"{different:.2g}" if name == "ours" else ""])
+            throughput, ratio = [count / one for one in seconds], ratios(took["other loop"], seconds)
+            rows.append([preset, name, spread(throughput), spread(ratio), f"{different:.2g}" if name == "ours" else ""])
     text = f"{args.model}, ours in {args.precision}, {args.workers} workers, {count} images; "
     text += f"{args.rounds} rounds in turn, median (lowest–highest):\n\n"
     text += table(["preset", "", "images/s", "× the other loop", "share of pixels that differ"], rows)
@@ -58,29 +56,29 @@ def main() -> None:
 
 def compare(args: argparse.Namespace, preset: str) -> tuple[int, dict[str, list[float]], float]:
     """(images, seconds of every round, share of the pixels that the two matrices count in different places)."""
-    world = distributed.start()
+    context = distributed.start()
     keys = ["data.name=voc", f"data.root={args.voc}", "data.options=null", f"data.workers={args.workers}"]
     keys += [f"train.precision={args.precision}", f"eval.preset={preset}", "eval.batch_size=8", *args.overrides]
     config = settings("unused", args.model, (480, 480), 1, 1, keys)
     pairs = list_split(config.data, args.split).pairs[: args.images]
     dataset = build_dataset(config.data, args.split, pairs=pairs)
     torch.manual_seed(0)
-    theirs = build_model(args.model, CLASSES).to(world.device).eval()
-    ours, numerics = build_model(args.model, CLASSES), Numerics.of(config, world.device)
+    theirs = build_model(args.model, CLASSES).to(context.device).eval()
+    ours, precision = build_model(args.model, CLASSES), Precision.of(config, context.device)
     ours.load_state_dict(theirs.state_dict())
-    numerics.place(ours).eval()
+    precision.place(ours).eval()
     loader = DataLoader(Samples(pairs, preset), 1, num_workers=args.workers, collate_fn=collate)
     matrices: dict[str, torch.Tensor] = {}
 
     def run_ours() -> torch.Tensor:
-        return evaluate(ours, dataset, config, world, numerics).matrix.counts
+        return evaluate_split(Evaluator(ours, "val", dataset, config, precision, context)).matrix.counts
 
     def timed(name: str, action: Callable[[], torch.Tensor]) -> float:
         began = time.perf_counter()
         matrices[name] = action()
         return time.perf_counter() - began
 
-    rivals = {"other loop": lambda: loop(theirs, loader, world.device), "ours": run_ours}
+    rivals = {"other loop": lambda: loop(theirs, loader, context.device), "ours": run_ours}
     took = take_turns({name: lambda n=name, a=action: timed(n, a) for name, action in rivals.items()}, args.rounds)
     first, second = matrices.values()
     return len(pairs), took, float((first - second).abs().sum() / 2 / first.sum())

@@ -24,9 +24,9 @@ import torch
 
 from benchmarks.common import CHECKOUT, publish, spread, table
 from benchmarks.models import training
-from fcn.checkpoint import BackgroundSaver
+from fcn.checkpoints import BackgroundSaver
 from fcn.data.shapes import write_shapes
-from fcn.run import Numerics
+from fcn.models import Precision
 
 RUNS = {
     "U-Net of the quickstart": ["--config", "configs/quickstart.yaml", "train.precision=fp32"],
@@ -130,8 +130,8 @@ def save_beside_steps(name: str, folder: Path, rounds: int) -> list[str]:
     """Columns of the second table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
-    numerics = Numerics("bf16" if on_gpu else "fp32", True, device)
-    model, optimizer, train, _ = training(name, {}, (256, 256), 16 if on_gpu else 2, numerics)
+    precision = Precision("bf16" if on_gpu else "fp32", True, device)
+    model, optimizer, train, _ = training(name, {}, (256, 256), 16 if on_gpu else 2, precision)
     saver = BackgroundSaver(folder / f"saves-{name}", 2, print)
     quiet, copies, writes, stalls = [], [], [], []
 

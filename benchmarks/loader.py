@@ -28,10 +28,8 @@ from torchvision.transforms import InterpolationMode, RandomCrop, functional
 
 from benchmarks.common import command, parser, publish, ratios, settings, spread, table, take_turns
 from fcn.config import IMAGENET_MEAN, IMAGENET_STD, Data
-from fcn.data.datasets import build_dataset, list_split
-from fcn.data.loaders import TrainShares
-from fcn.data.samplers import GlobalBatchSampler
-from fcn.data.transforms import TrainTransform
+from fcn.data import GlobalBatchSampler, RankBatches, TrainTransform, build_dataset
+from fcn.data.datasets import list_split
 
 REFERENCE, FLOOR = "torchvision's reference pipeline", "Pillow decodes image and mask"
 Pairs = Sequence[tuple[Path, Path]]
@@ -55,9 +53,9 @@ def main() -> None:
     wall, cpu = ({name: [pair[place] for pair in pairs_] for name, pairs_ in results.items()} for place in (0, 1))
     rows = []
     for name in results:
-        pace = [len(pairs) / seconds for seconds in wall[name]]
+        throughput = [len(pairs) / seconds for seconds in wall[name]]
         columns = [ratios(clock[base], clock[name]) for base in (REFERENCE, FLOOR) for clock in (wall, cpu)]
-        rows.append([name, spread(pace), *map(spread, columns)])
+        rows.append([name, spread(throughput), *map(spread, columns)])
     head = ["", "images/s", f"× {REFERENCE}", "in CPU time", f"× {FLOOR}", "in CPU time"]
     size, scale = "x".join(map(str, args.crop)), "–".join(map(str, args.scale))
     text = (
@@ -98,12 +96,12 @@ def ours(args: argparse.Namespace, pairs: Pairs, keys: dict[str, str]) -> Callab
     )
     dataset = build_dataset(config.data, args.split, pairs=pairs)
     if "cache" in keys:
-        from fcn.data.cache import with_cache
+        from fcn.data import with_cache
 
         dataset = with_cache(dataset, config)
         atexit.register(dataset.finished)
     later = {"resize_later": True} if "resize" in keys else {}
-    shares = TrainShares(dataset, TrainTransform(tuple(args.crop), tuple(args.scale), 0.5), seed=0, **later)
+    shares = RankBatches(dataset, TrainTransform(tuple(args.crop), tuple(args.scale), 0.5), seed=0, **later)
     sampler = GlobalBatchSampler(
         dataset, batch_size=args.batch, steps=10**9, start_step=0, seed=0, rank=0, world_size=1
     )

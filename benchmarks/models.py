@@ -25,13 +25,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import CHECKOUT, command, parser, publish, seconds, spread, table
 from fcn.config import Loss, Optim
-from fcn.data.loaders import Batch, Step, Totals, count_labels
-from fcn.engine import train_step
-from fcn.inference import infer
-from fcn.losses import build_loss
-from fcn.models import MODELS, build_model
-from fcn.optim import build_optimizer
-from fcn.run import DTYPES, Numerics
+from fcn.data import Batch, LabelCounts, TrainingBatch
+from fcn.data.loaders import count_labels
+from fcn.distributed import DistributedContext
+from fcn.evaluation.inference import infer
+from fcn.models import DTYPES, MODELS, Precision, build_model
+from fcn.training import TrainingState, build_loss, train_step
+from fcn.training.optim import build_optimizer
 
 CLASSES = 21
 VARIANTS = [
@@ -75,27 +75,27 @@ def main() -> None:
     height, width = size = tuple(args.size)
     text = f"{height}x{width}, batch {args.batch}, {CLASSES} classes, {args.rounds} rounds, median (lowest–highest)."
     for precision in args.precision:
-        numerics = Numerics(precision, True, device)
-        text += f"\n\n{precision}:\n\n{reviewers_table(variants, size, args.batch, args.rounds, numerics)}"
+        precision = Precision(precision, True, device)
+        text += f"\n\n{precision}:\n\n{reviewers_table(variants, size, args.batch, args.rounds, precision)}"
     publish("every network", command(), text, args.dry_run)
 
 
 def reviewers_table(
-    variants: list[tuple[str, dict]], size: tuple[int, int], batch: int, rounds: int, numerics: Numerics
+    variants: list[tuple[str, dict]], size: tuple[int, int], batch: int, rounds: int, precision: Precision
 ) -> str:
     """Every network, with `CLASSES` classes; memory on a GPU alone."""
-    found = [[measure(*variant, size, batch, numerics) for variant in variants] for _ in range(rounds)]
+    found = [[measure(*variant, size, batch, precision) for variant in variants] for _ in range(rounds)]
     head = ["model", "parameters", f"multiply-adds at {size[0]}×{size[1]}", "inference, images/s", "training, images/s"]
     rows = []
     for number, (name, options) in enumerate(variants):
         label = " ".join([f"`{name}`", *(f"{key}={value}" for key, value in options.items())])
         parameters, products = cost(name, options, size)
         inference, step, memory = zip(*(results[number] for results in found), strict=True)
-        pace = [spread([batch / seconds for seconds in times]) for times in (inference, step)]
-        rows.append([label, f"{parameters / 1e6:.1f} M", f"{products / 1e9:.1f} G", *pace])
-        if numerics.device.type == "cuda":
+        throughput = [spread([batch / seconds for seconds in times]) for times in (inference, step)]
+        rows.append([label, f"{parameters / 1e6:.1f} M", f"{products / 1e9:.1f} G", *throughput])
+        if precision.device.type == "cuda":
             rows[-1].append(f"{max(memory) / 2**30:.1f}")
-    return table(head + (["memory in training, GiB"] if numerics.device.type == "cuda" else []), rows)
+    return table(head + (["memory in training, GiB"] if precision.device.type == "cuda" else []), rows)
 
 
 def cost(name: str, options: dict, size: tuple[int, int]) -> tuple[int, int]:
@@ -107,43 +107,42 @@ def cost(name: str, options: dict, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def measure(
-    name: str, options: dict, size: tuple[int, int], batch: int, numerics: Numerics
+    name: str, options: dict, size: tuple[int, int], batch: int, precision: Precision
 ) -> tuple[float, float, float]:
     """Seconds of one forward pass in evaluation and of one training step, on a batch in place; bytes on a GPU."""
-    on_gpu = numerics.device.type == "cuda"
+    on_gpu = precision.device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    model, _, train, images = training(name, options, size, batch, numerics)
-    step = seconds(train, numerics.device)
+    model, _, train, images = training(name, options, size, batch, precision)
+    step = seconds(train, precision.device)
     memory = torch.cuda.max_memory_allocated() if on_gpu else 0
     model.eval()
     with torch.inference_mode():
-        inference = seconds(lambda: infer(model, images, size, numerics), numerics.device)
+        inference = seconds(lambda: infer(model, images, size, precision), precision.device)
     return inference, step, memory
 
 
 def training(
-    name: str, options: dict, size: tuple[int, int], batch: int, numerics: Numerics
+    name: str, options: dict, size: tuple[int, int], batch: int, precision: Precision
 ) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], object], torch.Tensor]:
     """(network, its optimizer, a function that does one training step on a batch in place, the batch's images)."""
-    model = numerics.place(build_model(name, CLASSES, **options)).train()
-    images = torch.randint(0, 256, (batch, *size, 3), dtype=torch.uint8, device=numerics.device)
-    labels = torch.randint(0, CLASSES, (batch, *size), dtype=torch.uint8, device=numerics.device)
-    numbers = torch.arange(batch, device=numerics.device)
+    model = precision.place(build_model(name, CLASSES, **options)).train()
+    images = torch.randint(0, 256, (batch, *size, 3), dtype=torch.uint8, device=precision.device)
+    labels = torch.randint(0, CLASSES, (batch, *size), dtype=torch.uint8, device=precision.device)
+    numbers = torch.arange(batch, device=precision.device)
     counts = count_labels(labels.cpu().numpy())
     data = Batch(images, labels, torch.tensor([size] * batch), numbers, numbers, counts)
-    step = Step(data, False, Totals.of(counts), False, 0.0)
-    optimizer, scaler = build_optimizer(model, Optim(lr=1e-4)), numerics.scaler()
-    criterion = build_loss(Loss(), CLASSES)
-
-    def train() -> None:
-        train_step(
-            model, step, criterion, optimizer, scaler, numerics,
-            micro_batch=None, grad_clip=None, aux_weight=0.5,
-        )  # fmt: skip
-
-    return model, optimizer, train, images
+    step = TrainingBatch(data, False, LabelCounts.of(counts), False, 0.0)
+    state = TrainingState(
+        model=model,
+        optimizer=build_optimizer(model, Optim(lr=1e-4)),
+        criterion=build_loss(Loss(), CLASSES),
+        precision=precision,
+        context=DistributedContext(0, 1, 0, precision.device, "python"),
+        aux_weight=0.5,
+    )
+    return model, state.optimizer, lambda: train_step(state, step), images
 
 
 def compare_on_camvid(root: str, steps: int, overrides: list[str]) -> str:
@@ -167,8 +166,8 @@ def compare_on_camvid(root: str, steps: int, overrides: list[str]) -> str:
             next(record["miou"] for record in reversed(records) if record["event"] == "eval"),
         )
     rows = [
-        [config, f"{parameters / 1e6:.1f} M", f"{products / 1e9:.1f} G", spread(pace), f"{miou:.4f}"]
-        for config, ((parameters, products), pace, miou) in found.items()
+        [config, f"{parameters / 1e6:.1f} M", f"{products / 1e9:.1f} G", spread(throughput), f"{miou:.4f}"]
+        for config, ((parameters, products), throughput, miou) in found.items()
     ]
     head = ["config", "parameters", "multiply-adds at 360×480", "training, images/s", "mIoU on CamVid test"]
     (small, fast), (large, slow) = ((row[0][0], statistics.median(row[1])) for row in found.values())

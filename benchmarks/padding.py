@@ -15,10 +15,7 @@ from collections.abc import Sequence
 
 from benchmarks.common import publish, table
 from fcn.config import Data
-from fcn.data.datasets import build_dataset
-from fcn.data.loaders import TrainShares
-from fcn.data.samplers import GlobalBatchSampler
-from fcn.data.transforms import TrainTransform
+from fcn.data import GlobalBatchSampler, RankBatches, TrainTransform, build_dataset
 
 EPOCHS = {"train": 1464, "trainaug": 10582}
 """Images of VOC's training splits."""
@@ -57,7 +54,7 @@ def padded_share(
     sizes: Sequence[tuple[int, int]], scale: tuple[float, float] | None, batch_size: int, window: int
 ) -> float:
     """Over an epoch, and at least one thousand images."""
-    shares = TrainShares(Sizes(sizes), TrainTransform(None, scale, hflip=0.0), seed=0)
+    batches = RankBatches(Sizes(sizes), TrainTransform(None, scale, hflip=0.0), seed=0)
     steps = -(-max(len(sizes), 1000) // batch_size)
     sampler = GlobalBatchSampler(
         sizes,
@@ -68,11 +65,11 @@ def padded_share(
         rank=0,
         world_size=1,
         window=window,
-        shape=shares.shape,
+        shape=batches.shape,
     )
     held = used = 0
-    for share in sampler:
-        shapes = [shares.shape(draw) for draw in share.all]
+    for batch in sampler:
+        shapes = [batches.shape(sample) for sample in batch.global_batch]
         held += batch_size * max(height for height, _ in shapes) * max(width for _, width in shapes)
         used += sum(height * width for height, width in shapes)
     return 1 - used / held

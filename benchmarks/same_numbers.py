@@ -23,17 +23,16 @@ from torchvision.models.resnet import Bottleneck
 
 from benchmarks.common import hardware
 from fcn import distributed
-from fcn.checkpoint import load_checkpoint
+from fcn.checkpoints import load_checkpoint
 from fcn.config import Data, Loss, load_config
-from fcn.data.datasets import PairDataset, build_dataset
-from fcn.data.loaders import Batch, Step, Totals, count_labels
+from fcn.data import Batch, LabelCounts, TrainingBatch, build_dataset
+from fcn.data.datasets import PairDataset
+from fcn.data.loaders import count_labels
 from fcn.data.shapes import write_shapes
-from fcn.distributed import World
-from fcn.engine import accumulation, evaluate, train_step
-from fcn.losses import build_loss
-from fcn.models import MODELS, build_model
-from fcn.models.layers import convert_dropout, convert_sync_batchnorm
-from fcn.run import Numerics
+from fcn.distributed import DistributedContext
+from fcn.evaluation import Evaluator, evaluate_split
+from fcn.models import MODELS, Precision, build_model, convert_dropout, convert_sync_batchnorm
+from fcn.training import TrainingState, accumulation, build_loss, train_step
 from tests.dist.ranks import CHECKOUT, run, run_ranks
 
 GLOBAL_BATCH, SIDES, CLASSES, AUX_WEIGHT = 12, (17, 21), 5, 0.5
@@ -63,14 +62,14 @@ def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.where(valid, labels, 255)
 
 
-def make_step(world: World) -> Step:
+def make_step(context: DistributedContext) -> TrainingBatch:
     """A rank's share of that batch."""
     images, labels = make_batch()
-    mine = slice(*(place * GLOBAL_BATCH // world.size for place in (world.rank, world.rank + 1)))
+    mine = slice(*(place * GLOBAL_BATCH // context.size for place in (context.rank, context.rank + 1)))
     numbers, counts = torch.arange(GLOBAL_BATCH)[mine], count_labels(labels.numpy())
     sizes = torch.tensor([SIDES] * len(numbers)).reshape(-1, 2)
     batch = Batch(images[mine], labels[mine], sizes, numbers, numbers, counts[mine])
-    return Step(batch, False, Totals.of(counts), False, 0.0)
+    return TrainingBatch(batch, False, LabelCounts.of(counts), False, 0.0)
 
 
 def make_network(name: str, options: Mapping[str, Any]) -> nn.Module:
@@ -88,7 +87,9 @@ def make_network(name: str, options: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def step_gradients(world: World, networks: Sequence[str], micro_batch: int | None, folder: str) -> dict[str, dict]:
+def step_gradients(
+    context: DistributedContext, networks: Sequence[str], micro_batch: int | None, folder: str
+) -> dict[str, dict]:
     """Loss, gradients and float buffers after one step of SGD with rate 0, compared on the last rank.
 
     One process without accumulation comes first: it leaves its result in `folder`, for the others to compare with.
@@ -96,23 +97,25 @@ def step_gradients(world: World, networks: Sequence[str], micro_batch: int | Non
     Returns:
         network → {"one process" or "plain PyTorch": largest relative difference}.
     """
-    step = make_step(world)
-    numerics = Numerics("fp64", True, world.device)
+    step = make_step(context)
+    precision = Precision("fp64", True, context.device)
     results = {}
     for label in networks:
-        model = numerics.place(convert_sync_batchnorm(make_network(*NETWORKS[label])))
+        model = precision.place(convert_sync_batchnorm(make_network(*NETWORKS[label])))
         keys = convert_dropout(model)
-        micro, offload = accumulation(model, micro_batch, len(step.batch.images))
-        loss, _ = train_step(
-            distributed.data_parallel(model, world, sync_bn=True), step, build_loss(Loss(), CLASSES),
-            torch.optim.SGD(model.parameters(), lr=0.0, fused=True), numerics.scaler(), numerics,
-            micro_batch=micro, grad_clip=None, aux_weight=AUX_WEIGHT, sample_keys=keys, offload=offload,
+        micro, offload = accumulation(model, micro_batch, len(step.local.images))
+        state = TrainingState(
+            model=model, network=distributed.data_parallel(model, context, sync_bn=True),
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.0, fused=True), criterion=build_loss(Loss(), CLASSES),
+            precision=precision, context=context, micro_batch=micro, aux_weight=AUX_WEIGHT, sample_keys=keys,
+            offload=offload,
         )  # fmt: skip
+        loss = state.step_loss(train_step(state, step).losses)
         if micro_batch and not micro:
             continue  # BatchNorm over the global batch takes the whole share at once
-        found = [distributed.all_reduce_sum(loss), *_outcome(model)]
+        found = [loss, *_outcome(model)]
         reference = Path(folder) / f"{label}.pt"
-        if world.rank < world.size - 1:
+        if context.rank < context.size - 1:
             continue
         if reference.exists():
             results[label] = {"one process": largest_difference(found, torch.load(reference, weights_only=True))}
@@ -253,7 +256,7 @@ def train_stock(processes: int, data: Path, steps: int, folder: Path) -> dict[st
 
 
 def confusion_matrices(
-    world: World, splits: Mapping[str, tuple[str, str, str, int | None]], batch_sizes: Sequence[int]
+    context: DistributedContext, splits: Mapping[str, tuple[str, str, str, int | None]], batch_sizes: Sequence[int]
 ) -> dict[str, tuple[list, int]]:
     """Score splits with a fixed network that nobody trained.
 
@@ -269,13 +272,13 @@ def confusion_matrices(
         dataset = build_dataset(Data(name=name, root=root), split)
         if limit:
             dataset = PairDataset(dataset.pairs[:limit], dataset.classes, dataset.format)
-        numerics = Numerics("fp32", True, world.device)
+        precision = Precision("fp32", True, context.device)
         torch.manual_seed(0)
-        model = numerics.place(build_model("unet", len(dataset.classes), width=4))
+        model = precision.place(build_model("unet", len(dataset.classes), width=4))
         for batch_size in batch_sizes:
             overrides = [f"eval.batch_size={batch_size}", "data.workers=0"]
             config = load_config(CHECKOUT / "configs" / "quickstart.yaml", overrides)
-            found = evaluate(model, dataset, config, world, numerics)
+            found = evaluate_split(Evaluator(model, "split", dataset, config, precision, context))
             matrix, images = found.matrix, found.images
             results[f"{label}, batch {batch_size}"] = matrix.counts.tolist(), images
     return results

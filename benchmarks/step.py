@@ -5,7 +5,7 @@
     python -m benchmarks.step --voc data/VOCdevkit/VOC2012 data.resize=device data.cache=memory
     python -m benchmarks.step --rounds 2 --window 2 --size 64 64 --batch 2 --dry-run               tries it out
 
-Without --voc: `fcn.engine.fit` on images that are decoded in memory, with its loader's hand-over, guard, logging and
+Without --voc: `fcn.training.fit` on images that are decoded in memory, with its loader's hand-over, guard, logging and
 data agreement; at every log line the bare loop has its turn, in the same process: one batch in place, and nothing but
 forward, loss, backward and update. Both of one network, precision and memory format.
 
@@ -44,9 +44,8 @@ from benchmarks.loader import Reference, collate
 from fcn import distributed
 from fcn.config import Config, Data
 from fcn.data.datasets import list_split
-from fcn.distributed import World
-from fcn.models import build_model
-from fcn.run import DTYPES, Numerics
+from fcn.distributed import DistributedContext
+from fcn.models import DTYPES, Precision, build_model
 
 CLASSES = 21
 
@@ -79,8 +78,8 @@ def overhead(args: argparse.Namespace, gpus: int) -> None:
     theirs: list[float] = []
     cpu: list[float] = []
     """Processor time at each change."""
-    world = distributed.start()
-    loop = bare_loop(args, world.device)
+    context = distributed.start()
+    loop = bare_loop(args, context.device)
 
     def turn(seconds: float) -> None:
         ours.append(seconds / args.window)
@@ -89,7 +88,7 @@ def overhead(args: argparse.Namespace, gpus: int) -> None:
         cpu.append(time.process_time())
 
     with tempfile.TemporaryDirectory() as folder:
-        harness(world, turn, config_of(args, folder, 1, [f"train.steps={(args.rounds + 1) * args.window}"]))
+        harness(context, turn, config_of(args, folder, 1, [f"train.steps={(args.rounds + 1) * args.window}"]))
     took = [after - before for before, after in itertools.pairwise(cpu[1:])]  # harness, bare loop, harness, …
     more = [
         [100 * (ratio - 1) for ratio in ratios(*pair)] for pair in ((ours[1:], theirs[1:]), (took[::2], took[1::2]))
@@ -108,17 +107,17 @@ def overhead(args: argparse.Namespace, gpus: int) -> None:
 
 def bare_loop(args: argparse.Namespace, device: torch.device) -> Callable[[int], float]:
     """Returns a function that does so many steps and says how many seconds they took."""
-    numerics = Numerics(args.precision, True, device)
-    model = numerics.place(build_model(args.model, CLASSES)).train()
+    precision = Precision(args.precision, True, device)
+    model = precision.place(build_model(args.model, CLASSES)).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4, fused=True)
-    images = torch.randn(args.batch, 3, *args.size, device=device).contiguous(memory_format=numerics.layout)
+    images = torch.randn(args.batch, 3, *args.size, device=device).contiguous(memory_format=precision.layout)
     labels = torch.randint(0, CLASSES, (args.batch, *args.size), device=device)
 
     def loop(steps: int) -> float:
         began = time.perf_counter()
         for _ in range(steps):
             optimizer.zero_grad()
-            with numerics.autocast():
+            with precision.autocast():
                 loss = loss_of(model(images), labels)
             loss.backward()
             optimizer.step()
@@ -170,19 +169,19 @@ def whole_runs(args: argparse.Namespace, gpus: int) -> None:
     publish("whole runs beside a plain DDP script", command(), text, args.dry_run)
 
 
-def plain_ddp(world: World, turn: Callable[[float], None], args: argparse.Namespace, amp: bool) -> None:
+def plain_ddp(context: DistributedContext, turn: Callable[[float], None], args: argparse.Namespace, amp: bool) -> None:
     """As torchvision's references/segmentation train: float32 or fp16 with scaling, and a look at every loss."""
-    device, on_gpu = world.device, world.device.type == "cuda"
+    device, on_gpu = context.device, context.device.type == "cuda"
     torch.backends.cudnn.benchmark = True
     samples = Reference(list_split(Data(name="voc", root=args.voc), "train").pairs, args.size, (0.5, 2.0))
     dataset = ConcatDataset([samples] * 100)  # workers start anew every epoch, and this split is short
-    sampler = DistributedSampler(dataset, world.size, world.rank)
+    sampler = DistributedSampler(dataset, context.size, context.rank)
     loader = DataLoader(
         dataset, args.batch, sampler=sampler, num_workers=args.workers, collate_fn=collate, drop_last=True
     )
     network = build_model(args.model, CLASSES).to(device)
     model = network
-    if world.size > 1:
+    if context.size > 1:
         if on_gpu:  # PyTorch's own is for GPUs alone
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         model = DistributedDataParallel(network, device_ids=[device.index] if on_gpu else None)
@@ -204,7 +203,7 @@ def plain_ddp(world: World, turn: Callable[[float], None], args: argparse.Namesp
             schedule.step()
             losses += loss.item()
             steps += 1
-            if steps % args.window == 0 and world.rank == 0:
+            if steps % args.window == 0 and context.rank == 0:
                 turn(time.perf_counter() - began)
                 began = time.perf_counter()
 

@@ -23,10 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from fcn.config import Data, Optim
-from fcn.data.datasets import build_dataset
-from fcn.data.transforms import TrainTransform, to_input
+from fcn.data import TrainTransform, build_dataset, to_input
 from fcn.models import build_model
-from fcn.optim import build_optimizer, learning_rate, set_learning_rate
+from fcn.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 BATCH, CLIP, DECAY = 12, 0.5, 0.9
 

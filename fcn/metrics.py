@@ -1,113 +1,113 @@
-"""Scores from one exact integer confusion matrix."""
+"""The metrics: key, title, formula. Scores, console, report, W&B, `compare` and `checkpoint.best` read this table.
+
+To add a metric, add a line to `METRICS` or `CLASS_METRICS`. This module needs no NumPy, so that commands that only
+show scores start fast.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
-
-from fcn import distributed
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 
-def count_values(values: torch.Tensor, length: int) -> torch.Tensor:
-    """How often each of 0 to length - 1 occurs in `values` (N,) int64; (length,) int64. Nothing waits for a GPU."""
-    if not values.is_cuda:
-        return torch.bincount(values, minlength=length)
-    # bincount would ask the device for the largest value first. Whole numbers add up the same in any order.
-    ones = torch.ones((), dtype=torch.int64, device=values.device).expand_as(values)
-    return torch.zeros(length, dtype=torch.int64, device=values.device).scatter_add_(0, values, ones)
+class Counts:
+    """What formulas need of a confusion matrix (C, C) of integers, with labels down and predictions across.
 
-
-class ConfusionMatrix:
-    """Pixel counts: `counts[label, prediction]`, (C, C) int64.
-
-    Integers, so the order of images, batches and ranks cannot matter, and no count is lost past 2^24 as in float32.
+    Sums are exact integers. Scores of a class are from 0 to 1, or None: `iou` and `dice` if the class is neither in the
+    labels nor in the predictions, `recall` if it is not in the labels, `precision` if it is never predicted.
     """
 
-    def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str = "cpu") -> None:
-        self.num_classes, self.ignore_index = num_classes, ignore_index
-        # Two more bins than pairs of classes: ignored pixels, and values that are no class.
-        self._bins = torch.zeros(num_classes * num_classes + 2, dtype=torch.int64, device=device)
-
-    def update(self, labels: torch.Tensor, predictions: torch.Tensor) -> torch.Tensor:
-        """Count a batch. Both of one shape, any integer type; labels 0 to C-1 or `ignore_index`, predictions 0 to C-1.
-
-        Returns:
-            The counts of each image, (N, C, C) int64 on this matrix's device; of all pixels as one image, where the
-            tensors have less than three dimensions.
-
-        Raises:
-            ValueError: the shapes differ.
-        """
-        if labels.shape != predictions.shape:
-            raise ValueError(
-                f"labels {tuple(labels.shape)} and predictions {tuple(predictions.shape)} must have one shape"
-            )
-        c, length = self.num_classes, len(self._bins)
-        images = len(labels) if labels.ndim > 2 else 1
-        labels, predictions = (
-            t.detach().to(self._bins.device, torch.int64).reshape(images, -1) for t in (labels, predictions)
-        )
-        no_class = (labels < 0) | (labels >= c) | (predictions < 0) | (predictions >= c)
-        bins = torch.where(no_class, c * c + 1, labels * c + predictions)
-        bins = torch.where(labels == self.ignore_index, c * c, bins)
-        bins += torch.arange(0, images * length, length, device=bins.device)[:, None]
-        counts = count_values(bins.reshape(-1), images * length).reshape(images, length)
-        self._bins += counts.sum(0)
-        return counts[:, : c * c].reshape(images, c, c)
-
-    def all_reduce(self) -> None:
-        """Add the counts of all ranks; every rank must call it, once, after its last batch."""
-        distributed.all_reduce_sum(self._bins)
+    def __init__(self, matrix: Sequence[Sequence[int]]) -> None:
+        self.correct = [row[place] for place, row in enumerate(matrix)]
+        self.labelled = [sum(row) for row in matrix]
+        self.predicted = [sum(column) for column in zip(*matrix, strict=True)]
+        self.total = sum(self.labelled)
+        self._classes = list(zip(self.correct, self.labelled, self.predicted, strict=True))
 
     @property
-    def counts(self) -> torch.Tensor:
-        """(C, C) int64 on the CPU, labels down, predictions across.
+    def iou(self) -> list[float | None]:
+        return [_ratio(hit, label + found - hit) for hit, label, found in self._classes]
 
-        Raises:
-            ValueError: a label or prediction was no class.
-        """
-        bins = self._bins.cpu()
-        if bins[-1]:
-            raise ValueError(f"{int(bins[-1])} pixels have a label or prediction outside 0 to {self.num_classes - 1}")
-        return bins[:-2].reshape(self.num_classes, self.num_classes)
+    @property
+    def dice(self) -> list[float | None]:
+        return [_ratio(2 * hit, label + found) for hit, label, found in self._classes]
 
-    def scores(self, names: Sequence[str]) -> dict[str, Any]:
-        """Scores in 0..1, computed in float64 (definitions: Long, Shelhamer, Darrell 2015, section 5).
+    @property
+    def recall(self) -> list[float | None]:
+        return [_ratio(hit, label) for hit, label, _ in self._classes]
 
-        `iou` of a class that occurs neither in labels nor in predictions is None; it enters no mean. `classes` is the
-        number that entered `miou`. With no valid pixel at all every score is None.
-        """
-        counts = self.counts.double()
-        correct, labelled, predicted = counts.diag(), counts.sum(1), counts.sum(0)
-        total = labelled.sum()
-        union = labelled + predicted - correct
-        present, seen = union > 0, labelled > 0
-        iou = correct / union
-        return {
-            "miou": _value(iou[present].mean()),
-            "iou": {name: _value(value) for name, value in zip(names, iou, strict=True)},
-            "pixel_acc": _value(correct.sum() / total),
-            "mean_acc": _value((correct / labelled)[seen].mean()),
-            "fw_iou": _value((labelled[seen] * iou[seen]).sum() / total),
-            "classes": int(present.sum()),
-        }
+    @property
+    def precision(self) -> list[float | None]:
+        return [_ratio(hit, found) for hit, _, found in self._classes]
+
+    @property
+    def weighted_iou(self) -> float | None:
+        """The classes' IoU, weighted by their share of the labelled pixels."""
+        parts = [label * iou for label, iou in zip(self.labelled, self.iou) if iou is not None]
+        return _ratio(sum(parts), self.total)
 
 
-def image_miou(counts: torch.Tensor) -> torch.Tensor:
-    """Mean IoU of each image over the classes in its labels or its predictions; NaN where no pixel is valid.
+class Metric(NamedTuple):
+    """A score from 0 to 1, or None if there is nothing to score."""
 
-    Args:
-        counts: (N, C, C) int64, as `ConfusionMatrix.update` returns them.
+    title: str
+    """How it is shown."""
+    formula: Callable[[Counts], Any]
+    """One number, or for a metric of classes one for each class."""
+    detail: bool = False
+    """Shown only where there is room: in the report's table of classes."""
+
+
+METRICS = {
+    "miou": Metric("mIoU", lambda counts: mean(counts.iou)),
+    "mdice": Metric("mDice", lambda counts: mean(counts.dice)),
+    "pixel_acc": Metric("pixel accuracy", lambda counts: _ratio(sum(counts.correct), counts.total)),
+    "mean_acc": Metric("mean accuracy", lambda counts: mean(counts.recall)),
+    "fw_iou": Metric("fw IoU", lambda counts: counts.weighted_iou),
+}
+"""Scores of a split, in the order in which they are shown. IoU and accuracies follow Long, Shelhamer, Darrell 2015,
+section 5. Dice (1945) is F1."""
+
+CLASS_METRICS = {
+    "iou": Metric("IoU", lambda counts: counts.iou),
+    "dice": Metric("Dice", lambda counts: counts.dice),
+    "precision": Metric("precision", lambda counts: counts.precision, detail=True),
+    "recall": Metric("recall", lambda counts: counts.recall, detail=True),
+}
+"""Scores of each class."""
+
+
+def scores(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str, Any]:
+    """All metrics of a confusion matrix (C, C), except details.
 
     Returns:
-        (N,) float64 on the same device.
+        The metrics of the split by their keys; those of classes as a dict from class names to scores. "classes" is the
+        number of classes in the labels or the predictions, which are the ones that count in "miou".
     """
-    correct = counts.diagonal(dim1=1, dim2=2).double()
-    union = counts.sum(1) + counts.sum(2) - correct
-    return (correct / union.clamp_min(1)).sum(1) / (union > 0).sum(1)
+    counts = Counts(matrix)
+    found: dict[str, Any] = {key: metric.formula(counts) for key, metric in METRICS.items()}
+    for key, metric in CLASS_METRICS.items():
+        if not metric.detail:
+            found[key] = dict(zip(names, metric.formula(counts), strict=True))
+    found["classes"] = sum(iou is not None for iou in counts.iou)
+    return found
 
 
-def _value(score: torch.Tensor) -> float | None:
-    return None if torch.isnan(score) else float(score)
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are not None; None if there is none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def shown(value: float | None) -> str:
+    """A score as it is shown."""
+    return "absent" if value is None else f"{value:.4f}"
+
+
+def best_metric(best: dict[str, Any]) -> str:
+    """The key of the metric in a record {metric: score, "step": step} of the best score."""
+    return next(key for key in best if key != "step")
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by launch/quickstart.sh and tests/run.sh: a virtual environment in the checkout with what the given requirement
-# files pin. The second time it finds everything in place. PYTHON chooses the interpreter (3.10 or newer).
+# Sourced by launch/quickstart.sh and tests/run.sh: creates a virtual environment in the checkout with the packages of the
+# given requirement files, if it does not exist yet. PYTHON chooses the interpreter (3.10 or newer).
 
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -8,7 +8,7 @@ prepare_environment() {
   local venv=$checkout/.venv python=${PYTHON:-python3} file installed
   if [ ! -f "$venv/ready" ]; then
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-      echo "error: $python is no Python 3.10 or newer; set PYTHON to one" >&2
+      echo "error: $python is not Python 3.10 or newer; set PYTHON to one that is" >&2
       return 2
     fi
     rm -rf "$venv"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One machine, all of its GPUs (or two CPU processes): launch/local.sh CONFIG [KEY=VALUE ...]
-# Ctrl-C, SIGTERM and SIGUSR1 save and leave; the same command continues. A crash of a process restarts all from the
-# newest checkpoint.
+# All GPUs of one machine, or two CPU processes: launch/local.sh CONFIG [KEY=VALUE ...]
+# Ctrl-C, SIGTERM and SIGUSR1 save and stop the run; the same command continues it. If a process crashes, all restart
+# from the newest checkpoint.
 set -euo pipefail
 
 PROCESSES=${PROCESSES:-}                     # processes; empty: one per GPU
-MAX_RESTARTS=${MAX_RESTARTS:-3}              # times that a crash is followed by a restart
+MAX_RESTARTS=${MAX_RESTARTS:-3}              # restarts after a crash
 GRACE=${GRACE:-30}                           # seconds from a signal to SIGKILL (PyTorch before 2.12: always 30)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Machines without a scheduler: the same command on each, launch/multinode.sh CONFIG [KEY=VALUE ...]
-# The run directory and the data must be the same folders on all of them. With NODES=1:4 machines may leave and join:
-# the others go on from the newest checkpoint, with the same global batch. The rendezvous host itself must stay.
+# Several machines without a scheduler: run launch/multinode.sh CONFIG [KEY=VALUE ...] on each of them.
+# The run directory and the data must be the same folders on all machines. With NODES=1:4 machines may leave and join:
+# the others continue from the newest checkpoint, with the same global batch. The rendezvous host must stay.
 set -euo pipefail
 
-RDZV_HOST=${RDZV_HOST:?set RDZV_HOST to a name or address of the first machine, which all can reach}
+RDZV_HOST=${RDZV_HOST:?set RDZV_HOST to a name or address of the first machine that all machines can reach}
 RDZV_PORT=${RDZV_PORT:-29400}
-RDZV_ID=${RDZV_ID:-fcn}                      # one a run, where several meet at one host
-NODES=${NODES:?set NODES to the number of machines, or least:most, such as 1:4}
+RDZV_ID=${RDZV_ID:-fcn}                      # different for each run that uses the same host
+NODES=${NODES:?set NODES to the number of machines, or to MIN:MAX such as 1:4}
 PROCESSES=${PROCESSES:-}                     # processes on this machine; empty: one per GPU
-MAX_RESTARTS=${MAX_RESTARTS:-10}             # times that a crash, or a machine that leaves, is followed by a restart
-JOIN_TIMEOUT=${JOIN_TIMEOUT:-900}            # seconds to wait for the least number of machines
-LAST_CALL=${LAST_CALL:-30}                   # seconds to wait for more machines than that
+MAX_RESTARTS=${MAX_RESTARTS:-10}             # restarts after a crash or after a machine has left
+JOIN_TIMEOUT=${JOIN_TIMEOUT:-900}            # seconds to wait for the minimum number of machines
+LAST_CALL=${LAST_CALL:-30}                   # seconds to wait for more machines
 NETWORK_TIMEOUT=${NETWORK_TIMEOUT:-900}      # seconds to wait for the network when RDZV_HOST cannot be reached
 GRACE=${GRACE:-30}                           # seconds from a signal to SIGKILL (PyTorch before 2.12: always 30)
-RDZV_CONF=${RDZV_CONF:-}                     # more of torchrun's --rdzv-conf, such as keep_alive_interval=2
-LOCAL_ADDR=${LOCAL_ADDR:-}                   # this machine's address for the others; empty: found by its way to RDZV_HOST
+RDZV_CONF=${RDZV_CONF:-}                     # additional --rdzv-conf for torchrun, such as keep_alive_interval=2
+LOCAL_ADDR=${LOCAL_ADDR:-}                   # this machine's address for the others; empty: the one that reaches RDZV_HOST
 # export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -25,7 +25,7 @@ PROCESSES=${PROCESSES:-$(python -c 'import torch; print(torch.cuda.device_count(
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + PROCESSES - 1) / PROCESSES))}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$GRACE
 
-# torchrun would go by this machine's own name, which may have another address, or none, and then nobody is the host.
+# torchrun would use this machine's own name, which may have another address or none; then no machine would be the host.
 route=$(python - "$RDZV_HOST" <<'EOF'
 import socket, sys
 try:
@@ -34,7 +34,7 @@ try:
         probe.connect(address)  # sends nothing
         print(probe.getsockname()[0], address[0])
 except OSError as error:
-    sys.exit(f"error: RDZV_HOST: {sys.argv[1]}: {error.strerror}; set it to a name or address that is reached from here")
+    sys.exit(f"error: RDZV_HOST: {sys.argv[1]}: {error.strerror}; set it to a name or address that this machine can reach")
 EOF
 ) || exit 2
 [ "${route% *}" != "${route#* }" ] || RDZV_HOST=localhost  # this machine is the host
@@ -42,7 +42,7 @@ EOF
 
 config=${1:?usage: launch/multinode.sh CONFIG [KEY=VALUE ...]}
 shift
-# Not every number of machines divides the batch; with train.uneven any does, and the numbers are the same.
+# Not every number of machines divides the batch. train.uneven allows any, and the numbers stay the same.
 [[ $NODES != *:* ]] || set -- train.uneven=true "$@"
 exec python launch/agent.py "$NETWORK_TIMEOUT" --nnodes="$NODES" --nproc-per-node="$PROCESSES" \
   --max-restarts="$MAX_RESTARTS" ${LOCAL_ADDR:+"--local-addr=$LOCAL_ADDR"} \

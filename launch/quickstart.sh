@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh checkout to a trained network, its mIoU and its pictures: environment, data, training, evaluation.
-# Works from any directory; a second start re-uses what is there. Arguments are KEY=VALUE overrides of the config.
+# From a fresh checkout to a trained network with its mIoU and pictures: environment, data, training, evaluation.
+# Works from any directory; a second start reuses what exists. Arguments are KEY=VALUE overrides of the config.
 set -euo pipefail
 
 # shellcheck source=launch/env.sh
@@ -10,7 +10,7 @@ cd "$checkout"
 
 python -m fcn.data.shapes data/shapes --train 600
 
-# As many processes as GPUs (no more than share a batch of 16 equally), or two on the CPU.
+# One process per GPU, as long as a batch of 16 divides equally; or two on the CPU.
 processes=$(python -c 'import torch; n = torch.cuda.device_count() or 2; print(max(d for d in (1, 2, 4, 8, 16) if d <= n))')
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
   OMP_NUM_THREADS=$((($(nproc) + processes - 1) / processes))
@@ -18,4 +18,4 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
 fi
 
 torchrun --standalone --nproc_per_node="$processes" train_ddp.py --config configs/quickstart.yaml "$@"
-echo "In a shell of your own, before those commands: cd $checkout; source .venv/bin/activate"
+echo "Before you type these commands in another shell: cd $checkout; source .venv/bin/activate"

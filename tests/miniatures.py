@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fcn.data.labels import CITYSCAPES_IDS, voc_palette
+from fcn.data import voc_palette
+from fcn.data.labels import CITYSCAPES_IDS
 
 Expected = dict[str, np.ndarray]
 PALETTE = np.array(voc_palette(256), np.uint8)

@@ -1,4 +1,4 @@
-"""A server that W&B's own client and `wandb sync` talk to: it keeps what it is told, or hangs, or refuses."""
+"""A server for W&B's own client and `wandb sync`: it keeps what it receives, or hangs, or refuses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ KEY = "0123456789" * 4
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """`behaviour`: "keeps", "hangs" (accepts connections and never answers), or the status of every answer."""
+    """Serves in a thread.
+
+    Args:
+        behaviour: "keeps", "hangs" (accepts connections and never answers), "forbids" (lets users log in but not write
+            runs), or the status of every answer.
+    """
 
     daemon_threads = True
 
@@ -22,17 +27,17 @@ class Server(http.server.ThreadingHTTPServer):
         self.behaviour = behaviour
         self.requests = 0
         self.history: dict[str, dict[int, dict]] = {}
-        """Run id → line → row, as the client numbers its lines."""
+        """Run id → line → row, with the client's line numbers."""
         self.files: set[str] = set()
         self.artifacts: set[str] = set()
-        """Names; the server says of each that it has it already."""
+        """Names; the server answers that it already has each of them."""
         self.alerts: list[str] = []
         self.exit_codes: list[int] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
     def environment(self) -> dict[str, str]:
-        """With which W&B's client comes here."""
+        """Variables that send W&B's client to this server."""
         return {"WANDB_BASE_URL": f"http://127.0.0.1:{self.server_port}", "WANDB_API_KEY": KEY}
 
     def steps(self, run_id: str) -> list[int]:
@@ -40,7 +45,7 @@ class Server(http.server.ThreadingHTTPServer):
         return [rows[line]["_step"] for line in sorted(rows)]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # clients that are killed
+        pass  # a killed client
 
     def __enter__(self) -> Server:
         return self
@@ -69,8 +74,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         while self.server.behaviour == "hangs":
             time.sleep(0.2)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.server.behaviour != "keeps":
-            self._answer({}, int(self.server.behaviour))
+        if isinstance(self.server.behaviour, int):
+            self._answer({}, self.server.behaviour)
         elif self.path.endswith("/file_stream"):
             self._stream(json.loads(body))
         elif self.path == "/graphql":
@@ -94,6 +99,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _graphql(self, body: dict) -> None:
         values = body.get("variables") or {}
         names = re.findall(r"(?:query|mutation)\s+(\w+)", body.get("query", ""))
+        if names == ["UpsertBucket"] and self.server.behaviour == "forbids":
+            self._answer({"errors": [{"message": "permission denied"}]}, 403)
+            return
         answer = getattr(self, f"_{names[0]}", None) if names else None
         self._answer({"data": answer(values) if answer else {}})
 

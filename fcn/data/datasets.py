@@ -1,4 +1,4 @@
-"""Data sets: the image and the labels of a sample, read one at a time."""
+"""Data sets: they read image and labels of one sample at a time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fcn import user_code
-from fcn.config import Data
+from fcn.config import Data, call_by_path
 from fcn.data import masks
 from fcn.data.images import decode, open_image, read_pixels, to_rgb
 from fcn.data.labels import IGNORE_INDEX, Classes, voc_palette
@@ -29,11 +28,11 @@ class SegmentationDataset(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What a sample is called in messages and pictures."""
+        """The name of a sample in messages and pictures."""
         ...
 
     def size(self, index: int) -> tuple[int, int]:
-        """(height, width) of a sample, without decoding it where its file says so."""
+        """(height, width) of a sample, from the header of its file if possible."""
         ...
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
@@ -52,7 +51,7 @@ class PairDataset:
     Args:
         pairs: (image file, mask file) of every sample, in the order of the split's list.
         classes: names and palette.
-        format: what the masks' pixels mean.
+        format: the meaning of the masks' pixels.
     """
 
     pairs: Sequence[tuple[Path, Path]]
@@ -67,7 +66,7 @@ class PairDataset:
         return self.pairs[index][0].stem
 
     def size(self, index: int) -> tuple[int, int]:
-        """From the mask's header: the image's may say it before its EXIF orientation."""
+        """From the mask's header, because the image's may not include its EXIF orientation."""
         if index not in self._sizes:
             with open_image(self.pairs[index][1]) as mask:
                 self._sizes[index] = (mask.height, mask.width)
@@ -78,7 +77,7 @@ class PairDataset:
         return Image.fromarray(pixels), Image.fromarray(labels)
 
     def read_arrays(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same as arrays, (H, W, 3) and (H, W) uint8, with fewer copies."""
+        """Like `read`, but as arrays (H, W, 3) and (H, W) uint8, with fewer copies."""
         image_path, mask_path = self.pairs[index]
         pixels = read_pixels(image_path)
         mask = decode(mask_path)
@@ -87,7 +86,7 @@ class PairDataset:
 
 
 def check_sizes(image_path: Path, image: tuple[int, int], mask_path: Path, mask: tuple[int, int]) -> None:
-    """Raises InputError if an image's (width, height) is not its mask's."""
+    """Raise InputError if an image and its mask differ in (width, height)."""
     if image == mask:
         return
     turned = image == mask[::-1]
@@ -99,12 +98,12 @@ def check_sizes(image_path: Path, image: tuple[int, int], mask_path: Path, mask:
 
 
 class OwnDataset:
-    """A data set of the user's own: anything with a length whose items are (image, mask).
+    """A user's own data set: anything with a length whose items are (image, mask).
 
-    Images may be Pillow images, arrays (H, W, 3) or (H, W), or tensors (3, H, W), of uint8; masks Pillow images,
-    arrays or tensors (H, W) of class indices, 255 = ignore. Used if it has them: the attributes `classes`, a list of
-    names, and `palette`, a list of (red, green, blue), and the methods `size(index)` and `name(index)`; without `size`
-    every sample is read once to learn it.
+    Images may be Pillow images, arrays (H, W, 3) or (H, W), or tensors (3, H, W), of uint8. Masks may be Pillow images,
+    arrays or tensors (H, W) of class indices, 255 = ignore. Optional are the attributes `classes`, a list of names, and
+    `palette`, a list of (red, green, blue), and the methods `size(index)` and `name(index)`. Without `size` every
+    sample is read once to learn it.
     """
 
     def __init__(self, samples: Any, data: Data) -> None:
@@ -119,7 +118,7 @@ class OwnDataset:
         if len(palette) < len(names):
             raise InputError(f"data.name: {data.name} has {len(palette)} colours in `palette` for {len(names)} classes")
         self.classes = Classes(tuple(names), tuple(tuple(int(x) for x in colour) for colour in palette[: len(names)]))
-        self.format = masks.indices(self.classes)
+        self.format = masks.index_format(self.classes)
         self._sizes: dict[int, tuple[int, int]] = {}
 
     def __len__(self) -> int:
@@ -141,9 +140,9 @@ class OwnDataset:
         try:
             item = self.samples[index]
             for part in item if isinstance(item, tuple | list) else ():
-                if isinstance(part, Image.Image):  # Pillow reads the pixels when they are asked for
+                if isinstance(part, Image.Image):  # Pillow reads the pixels lazily
                     part.load()
-        except OSError as error:  # Pillow's complaints about a broken file are OSErrors, too
+        except OSError as error:  # Pillow, too, raises OSError for a broken file
             raise InputError(f"{source}: cannot be read ({error}); copy its file again or remove it") from None
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise InputError(f"{source}: found {type(item).__name__}; accepted: a pair (image, mask)")
@@ -187,12 +186,12 @@ def _as_image(value: Any, source: str) -> Image.Image:
 
 
 def classes_and_format(data: Data) -> tuple[Classes, MaskFormat]:
-    """Classes of a data set that is files, and what its masks' pixels mean, without looking at any file."""
+    """The classes of a data set in files and the meaning of its masks, without reading a file."""
     return LAYOUTS[data.name][1](data)
 
 
 def list_split(data: Data, split: str) -> Listing:
-    """The files of one split, whether they are there or not.
+    """The files of a split, whether they exist or not.
 
     Raises:
         InputError: the folder or the split's list is missing or unreadable.
@@ -210,13 +209,15 @@ def list_split(data: Data, split: str) -> Listing:
 def build_dataset(
     data: Data, split: str, ignore_index: int = IGNORE_INDEX, pairs: Sequence[tuple[Path, Path]] | None = None
 ) -> SegmentationDataset:
-    """Open one split of a data set. `ignore_index` is one more label value to ignore; read labels say 255 for it.
+    """Open a split of a data set.
 
-    `pairs` are those of the split's files that are wanted, if not all; then nobody asks whether they are there.
+    Args:
+        ignore_index: a further label value to ignore; it is read as 255.
+        pairs: the wanted files of the split, if not all of them; these are not checked for existence.
 
     Raises:
-        InputError: the folder, the split's list, or files named there are missing, or `data.num_classes` is another
-            number than the data set has.
+        InputError: the folder, the split's list or its files are missing, or `data.num_classes` is not the number of
+            classes.
     """
     dataset: PairDataset | OwnDataset
     if data.name in LAYOUTS:
@@ -232,7 +233,7 @@ def build_dataset(
     else:
         arguments = {"root": data.root, "split": split}
         try:
-            own = user_code.call("data", data.name, "a data set of (image, mask)", arguments, data.options or {})
+            own = call_by_path("data", data.name, "a data set of (image, mask)", arguments, data.options or {})
         except OSError as error:
             raise InputError(f"data.root: {data.name} could not open {data.root}, split '{split}' ({error})") from None
         if not (hasattr(own, "__getitem__") and hasattr(own, "__len__")):
@@ -249,7 +250,7 @@ def build_dataset(
 
 
 def check_num_classes(data: Data, classes: Classes) -> None:
-    """Raises InputError if `data.num_classes` is another number than the data set has."""
+    """Raise InputError if `data.num_classes` is not the data set's number of classes."""
     found = len(classes)
     if data.num_classes not in (None, found):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Image files → RGB pixels, and what is wrong with a file in one line."""
+"""Read image files as RGB pixels; a broken file gets one line."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def is_image(name: str) -> bool:
 
 
 def read_pixels(path: Path) -> np.ndarray:
-    """The first frame of an image file as RGB (H, W, 3) uint8, turned as its EXIF orientation says.
+    """Read the first frame of an image file as RGB (H, W, 3) uint8, turned as its EXIF orientation says.
 
-    Grey becomes three equal channels, 16 bits become 8 (v · 255 / 65535, rounded), an alpha channel is dropped.
+    Grey becomes three equal channels, 16 bits become 8 (v · 255 / 65535, rounded), and an alpha channel is dropped.
 
     Raises:
-        InputError: the file is unreadable, broken, or of a kind without a fixed range.
+        InputError: the file is unreadable or broken, or its pixels have no fixed range.
     """
     with open_image(path) as image:
         pixels = _decode_jpeg(image)
@@ -40,9 +40,9 @@ def read_pixels(path: Path) -> np.ndarray:
 
 
 def _decode_jpeg(image: Image.Image) -> np.ndarray | None:
-    """The pixels of an upright colour JPEG that is just opened; None for anything else, and if anything is amiss.
+    """Decode an upright colour JPEG that was just opened; None for anything else, or if anything is wrong.
 
-    Pillow's bits, from the same library by a shorter way.
+    The bits are Pillow's: simplejpeg uses the same library more directly.
     """
     if image.format != "JPEG" or image.mode != "RGB" or orientation(image) != 1:
         return None
@@ -76,13 +76,13 @@ TURNS = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-"""EXIF orientation → what a viewer does to show the image upright."""
+"""EXIF orientation → the transposition that shows the image upright."""
 ON_ITS_SIDE = (5, 6, 7, 8)
 """EXIF orientations that swap height and width."""
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 if there is none. Damaged EXIF says nothing, and the pixels are fine."""
+    """The EXIF orientation, 1 to 8, or 1 if it is missing or damaged."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -124,7 +124,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def decode(path: Path) -> Image.Image:
-    """The first frame of an image file, in the file's own mode.
+    """Decode the first frame of an image file in the file's own mode.
 
     Raises:
         InputError: the file is unreadable or broken.

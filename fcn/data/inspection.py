@@ -1,4 +1,4 @@
-"""What the files of a split hold: every fault by its file, the images' sizes, the pixels of each class."""
+"""Inspect the files of a split: faults by file, sizes of images, pixels of each class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from torchvision.io import decode_jpeg
 from tqdm import tqdm
 
 from fcn.config import Data
@@ -40,12 +39,12 @@ Size = tuple[int, int]
 
 @dataclass(slots=True)
 class Sample:
-    """What was found in one image and its mask."""
+    """The findings for one image and its mask."""
 
     source: str
-    """What messages call the image: its file, or its place in a data set of the user's own."""
+    """The name of the image in messages: its file, or its index in a user's own data set."""
     faults: list[str] = field(default_factory=list)
-    """What stops a run, or spoils it unnoticed; one line each."""
+    """Faults that stop a run or spoil it unnoticed, one line each."""
     warnings: list[str] = field(default_factory=list)
     size: Size | None = None
     """(height, width) as a run sees it; None if unreadable."""
@@ -56,7 +55,7 @@ class Sample:
 
     @contextlib.contextmanager
     def noting(self, prefix: str = "") -> Iterator[None]:
-        """Makes an InputError a fault."""
+        """Turn an InputError into a fault."""
         try:
             yield
         except InputError as error:
@@ -135,7 +134,7 @@ def _histogram(labels: np.ndarray) -> np.ndarray:
 
 
 def _has_its_end(path: Path, image_format: str | None) -> bool:
-    """Whether the end mark of a JPEG or PNG is near the end of the file; False for other types, which have none.
+    """Whether the end marker of a JPEG or PNG is near the end of the file; False for other types, which have none.
 
     A JPEG's cannot occur within its pixels. What cameras append after it may hide it.
     """
@@ -148,7 +147,7 @@ def _has_its_end(path: Path, image_format: str | None) -> bool:
 
 
 def hidden_damage(path: Path) -> str | None:
-    """What is wrong with a file that Pillow decodes without complaint, or None.
+    """What is wrong with a file that Pillow decodes without an error, or None.
 
     Pillow drops libjpeg's warnings, and a JPEG that is damaged in the middle decodes to other pixels; torchvision lets
     libjpeg print the first of them. A PNG's pixels can change without harm to the decoder, but not its checksums.
@@ -161,6 +160,8 @@ def hidden_damage(path: Path) -> str | None:
                 return str(error)
         if image.format not in ("JPEG", "MPO"):  # MPO: several JPEGs, as phones write them
             return None
+    from torchvision.io import decode_jpeg  # only `check` needs it
+
     with _printed_by_c() as printed, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torchvision 0.29 says that a later one has no decoders
         try:
@@ -173,7 +174,7 @@ def hidden_damage(path: Path) -> str | None:
 
 @contextlib.contextmanager
 def _printed_by_c() -> Iterator[list[str]]:
-    """What C code writes to stderr inside goes to a list instead, at the end."""
+    """Collect in a list what C code writes to stderr inside."""
     printed: list[str] = []
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as file:
@@ -192,27 +193,27 @@ def _printed_by_c() -> Iterator[list[str]]:
 
 @dataclass(slots=True)
 class SplitReport:
-    """What was found in a split."""
+    """The findings for a split."""
 
     split: str
     entries: int = 0
-    """Pairs that the split names, whether they are there or not."""
+    """Pairs that the split names, whether they exist or not."""
     dataset: SegmentationDataset | None = None
-    """Those of its pairs whose files are there, each once; None if there are none."""
+    """The pairs whose files exist, each once; None if there are none."""
     sizes: dict[int, Size] = field(default_factory=dict)
-    """(height, width) of the samples of `dataset` without faults, by their index."""
+    """Index → (height, width) of the samples of `dataset` without faults."""
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     """(256,) int64: pixels of each label in all readable masks, 255 = ignore."""
     surroundings: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
-    """(256,) int64: labelled pixels, of any class, of the images in which a label occurs."""
+    """(256,) int64: for each label, the labelled pixels of any class in the images in which it occurs."""
     digests: dict[str, bytes | None] = field(default_factory=dict)
-    """Hash of each readable image's content, by what messages call it."""
+    """Name in messages → hash of the image's content, for readable images."""
     oddities: dict[str, str] = field(default_factory=dict)
-    """What is wrong in the folders, perhaps in those of all splits, by file."""
+    """File → what is wrong with it in its folder, which may be the folder of all splits."""
     incomplete: set[str] = field(default_factory=set)
-    """Files of those pairs of which one is missing."""
+    """Files of pairs of which one is missing."""
     faults: list[str] = field(default_factory=list)
-    """One line each, that names the file."""
+    """One line each, with the file."""
     warnings: list[str] = field(default_factory=list)
 
     def add(self, index: int, sample: Sample) -> None:
@@ -228,7 +229,8 @@ class SplitReport:
 
 
 def inspect_split(data: Data, split: str, ignore_index: int = IGNORE_INDEX, headers_only: bool = False) -> SplitReport:
-    """Read every image and mask of a split, in parallel, with a progress bar on a terminal. Faults are in the report.
+    """Read every image and mask of a split in parallel, with a progress bar on a terminal. The report contains the
+    faults.
 
     Args:
         ignore_index: one more label value to ignore.
@@ -253,7 +255,7 @@ def inspect_split(data: Data, split: str, ignore_index: int = IGNORE_INDEX, head
 
 
 def _open(data: Data, split: str, ignore_index: int, report: SplitReport) -> SegmentationDataset | None:
-    """The pairs of a split whose files are there; what is wrong with the others goes to the report."""
+    """The pairs of a split whose files exist; the report gets what is wrong with the others."""
     pairs = None
     if data.name in LAYOUTS:
         listing = list_split(data, split)
@@ -294,14 +296,14 @@ def _present(pairs: Sequence[tuple[Path, Path]], split: str, report: SplitReport
 
 
 def odd_files(reports: Sequence[SplitReport]) -> list[str]:
-    """The oddities of all splits, a line each; not those of files whose pair is a fault already."""
+    """The oddities of all splits, one line each, without files whose pair is already a fault."""
     known = set().union(*(report.incomplete for report in reports))
     oddities = {file: oddity for report in reports for file, oddity in report.oddities.items()}
     return [oddity for file, oddity in oddities.items() if file not in known]
 
 
 def repeated_images(reports: Iterable[SplitReport]) -> tuple[list[str], list[str]]:
-    """(faults: images in more than one split, by file or content; warnings: equal images in one split), a line each."""
+    """(faults: images in more than one split, by file or content; warnings: equal images in a split), one line each."""
     splits: dict[str, list[str]] = {}
     twins: dict[bytes, list[str]] = {}
     for report in reports:

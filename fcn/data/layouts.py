@@ -1,6 +1,6 @@
-"""Where the images and masks of each public data set lie on disk, and what its masks mean.
+"""Where images and masks of each data set are on disk, and what the masks mean.
 
-A layout is a function (data, split) → `Listing`. It reads lists and folders, not images.
+A layout is a function (data, split) → `Listing`. It reads lists and folders, but no images.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from fcn.data.labels import (
     VOC,
     Classes,
     voc_palette,
-)  # fmt: skip
+)
 from fcn.data.masks import MaskFormat
 from fcn.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The files of a split, whether they are there or not."""
+    """The files of a split, whether they exist or not."""
 
     pairs: list[tuple[Path, Path]]
     """(image, mask) of every sample, in order."""
     oddities: tuple[str, ...] = ()
-    """What is wrong in the listing without stopping a run, one line each."""
+    """Oddities of the listing that do not stop a run, one line each."""
 
 
 # --- layouts of their own ------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ class Listing:
 def voc(data: Data, split: str) -> Listing:
     """ImageSets/Segmentation/SPLIT.txt, JPEGImages/ID.jpg, SegmentationClass/ID.png.
 
-    The masks of `trainaug` are in SegmentationClassAug; where its list is missing, it is all of them but `val`.
+    The masks of `trainaug` are in SegmentationClassAug; without a list it is all of them except `val`.
     """
     root = Path(data.root)
     lists = root / "ImageSets" / "Segmentation"
@@ -65,8 +65,8 @@ def voc(data: Data, split: str) -> Listing:
 def camvid(data: Data, split: str) -> Listing:
     """The SegNet tutorial's: SPLIT.txt, SPLIT/ID.png and SPLITannot/ID.png.
 
-    A line of the list is an ID, a file name, or two paths, of the image and of the mask. Only the names count, because
-    the public lists hold absolute paths of their authors' machine. Images may be of any type.
+    A line of the list is an ID, a file name, or the two paths of image and mask. Only the names count, because the
+    public lists contain absolute paths of their authors' machine. Images may have any type.
     """
     root = Path(data.root)
     entries = _read_list(root, split)
@@ -99,13 +99,13 @@ def cityscapes(data: Data, split: str) -> Listing:
 
 
 KITTI_FIRST_HELD_OUT = {"um": 76, "umm": 77, "uu": 79}
-"""Of each of KITTI Road's categories the last fifth of the frames is `val`; neighbouring frames look alike."""
+"""The last fifth of the frames of each KITTI Road category is `val`, because neighbouring frames look alike."""
 
 
 def kitti_road(data: Data, split: str) -> Listing:
     """image_2/um_000000.png with gt_image_2/um_road_000000.png, in `root` or its folder `training`.
 
-    KITTI has no public validation set, so the split is ours and fixed: see `KITTI_FIRST_HELD_OUT`. `trainval` is both.
+    KITTI has no public validation set, so the split is ours and fixed; see `KITTI_FIRST_HELD_OUT`. `trainval` is both.
     """
     if split not in ("train", "val", "trainval"):
         raise InputError(f"data: found the split '{split}' of kitti_road; accepted: train, val or trainval")
@@ -304,7 +304,7 @@ def _folder_format(data: Data) -> tuple[Classes, MaskFormat]:
     names = data.classes
     if data.values is None:
         classes = Classes(names, voc_palette(len(names)))
-        return classes, masks.indices(classes)
+        return classes, masks.index_format(classes)
     meaning = pixel_classes(names, data.values)
     numbers, colours = meaning.numbers, meaning.colours
     # A class is drawn in its first colour in the masks.
@@ -322,15 +322,15 @@ _CITYSCAPES_VALUES = dict.fromkeys(range(34), IGNORE_INDEX) | CITYSCAPES_IDS
 _KITTI_COLOURS = {KITTI_ROAD_IGNORED: IGNORE_INDEX} | {colour: i for i, colour in enumerate(KITTI_ROAD.palette)}
 
 LAYOUTS: dict[str, tuple[Callable[[Data, str], Listing], Callable[[Data], tuple[Classes, MaskFormat]]]] = {
-    "voc": (voc, _fixed(VOC, masks.indices(VOC))),
-    "shapes": (voc, _fixed(SHAPES, masks.indices(SHAPES))),
-    "camvid": (camvid, _fixed(CAMVID, masks.indices(CAMVID, ignored=(CAMVID_UNLABELLED,)))),
+    "voc": (voc, _fixed(VOC, masks.index_format(VOC))),
+    "shapes": (voc, _fixed(SHAPES, masks.index_format(SHAPES))),
+    "camvid": (camvid, _fixed(CAMVID, masks.index_format(CAMVID, ignored=(CAMVID_UNLABELLED,)))),
     "cityscapes": (cityscapes, _fixed(CITYSCAPES, masks.mapping(_CITYSCAPES_VALUES, {}))),
     "kitti_road": (kitti_road, _fixed(KITTI_ROAD, masks.mapping({}, _KITTI_COLOURS))),
     "portrait": (portrait, lambda data: (PORTRAIT, MaskFormat(threshold=data.threshold or 0))),
     "folder": (folder, _folder_format),
 }
-"""By `data.name`: the function that lists a split, and the one that says what its masks mean."""
+"""`data.name` → (function that lists a split, function that returns classes and mask format)."""
 
 
 def missing_files(pairs: Iterable[tuple[Path, Path]]) -> list[Path]:

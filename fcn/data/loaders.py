@@ -1,4 +1,4 @@
-"""Batches: worker processes that read, the padding collate, and the hand-over to the device."""
+"""Batches: worker processes that read them, the padding collate, and the transfer to the device."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 from fcn import distributed, seeding
 from fcn.data.datasets import SegmentationDataset
 from fcn.data.labels import IGNORE_INDEX
-from fcn.data.samplers import Draw, EvalSampler, GlobalBatchSampler, Share
+from fcn.data.samplers import EvalSampler, GlobalBatchSampler, RankBatch, SampleRef
 from fcn.data.transforms import EvalTransform, TrainTransform, resize_windows
+from fcn.distributed import SIGNALS
 from fcn.errors import InputError
-from fcn.preempt import SIGNALS
 
 
 class Batch(NamedTuple):
@@ -34,15 +34,15 @@ class Batch(NamedTuple):
     sizes: torch.Tensor
     """(N, 2) int64: height and width of each image before padding."""
     indices: torch.Tensor
-    """(N,) int64: places in the split."""
+    """(N,) int64: indices in the split."""
     keys: torch.Tensor
-    """(N,) int64 from 0 to 2³¹ - 1: what dropout draws for each image follows from it."""
+    """(N,) int64 from 0 to 2³¹ - 1: the dropout mask of each image follows from it."""
     counts: torch.Tensor
     """(N, 256) int64: pixels of each label value in each image."""
 
     @property
     def padded(self) -> bool:
-        """Whether any image is smaller than the batch (reads host memory; ask before moving to the device)."""
+        """Whether any image is smaller than the batch. Reads host memory, so ask before moving it to the device."""
         return bool((self.sizes != torch.tensor(self.labels.shape[1:3])).any())
 
 
@@ -60,16 +60,16 @@ def pad_collate(
     keys: Sequence[int] | None = None,
     canvas: tuple[int, int] | None = None,
 ) -> Batch:
-    """Stack samples of mixed sizes, perhaps none: images padded at the bottom and right, labels there 255.
+    """Stack samples of mixed sizes, or none, padded at the bottom and right; labels are 255 there.
 
-    What stands in the padding of the images does not matter: `transforms.to_input` makes it 0 after normalisation.
+    The padding of images may have any value: `transforms.to_input` makes it 0 after normalisation.
 
     Args:
         images: (h, w, 3) uint8 each.
         labels: (h, w) uint8 each.
         size: height and width of the batch; by default the largest of each.
         keys: keys of the samples, for dropout; by default 0.
-        canvas: height and width of the images where they are not yet of their labels' size; by default `size`.
+        canvas: height and width of the images if they do not have their labels' size yet; by default `size`.
     """
     size = size or largest(labels)
     stacked = _stack(images, (*(canvas or size), 3), 0)
@@ -81,32 +81,32 @@ def pad_collate(
     return Batch(torch.from_numpy(stacked), torch.from_numpy(targets), sizes, *numbers, counts)
 
 
-def _stack(arrays: Sequence[np.ndarray], shape: tuple[int, ...], beside: int) -> np.ndarray:
-    """(N, *shape) uint8: each array at the top left, and a number beside it."""
+def _stack(arrays: Sequence[np.ndarray], shape: tuple[int, ...], fill: int) -> np.ndarray:
+    """(N, *shape) uint8: each array at the top left, and a number around it."""
     stacked = np.empty((len(arrays), *shape), np.uint8)
     for row, array in zip(stacked, arrays, strict=True):
         height, width = array.shape[:2]
-        row[:height, :width], row[:height, width:], row[height:] = array, beside, beside
+        row[:height, :width], row[:height, width:], row[height:] = array, fill, fill
     return stacked
 
 
 def largest(arrays: Sequence[np.ndarray]) -> tuple[int, int]:
-    """The height and the width that all of them fit into."""
+    """The smallest height and width that all arrays fit into."""
     return max(array.shape[0] for array in arrays), max(array.shape[1] for array in arrays)
 
 
-class LoadedShare(NamedTuple):
-    """A rank's share of a step as its loader hands it over."""
+class LoadedBatch(NamedTuple):
+    """A rank's part of a step, as its loader delivers it."""
 
     batch: Batch
     replaced: Sequence[str] = ()
-    """What was wrong with each image that another one stands in for."""
+    """What was wrong with each image that was replaced by another one."""
     grids: torch.Tensor | None = None
-    """Where the device resizes: (N, 2, 5) float64, see `TrainTransform.window`; `batch.images` are the windows."""
+    """If the device resizes: (N, 2, 5) float64, see `TrainTransform.window`; `batch.images` are the windows."""
 
 
 def read_arrays(dataset: SegmentationDataset, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image (H, W, 3) and labels (H, W) of a sample, without copying those of a data set that has them as arrays."""
+    """Image (H, W, 3) and labels (H, W) of a sample, without a copy if the data set has arrays."""
     own = getattr(dataset, "read_arrays", None)
     if own:
         return own(index)
@@ -114,15 +114,15 @@ def read_arrays(dataset: SegmentationDataset, index: int) -> tuple[np.ndarray, n
     return np.asarray(image), np.asarray(labels)
 
 
-class TrainShares(Dataset):
-    """Loads a rank's share of a step: `shares[share]` is a LoadedShare, or the InputError that a file caused.
+class RankBatches(Dataset):
+    """Loads a rank's part of a step: `batches[rank_batch]` is a LoadedBatch, or the InputError that a file caused.
 
-    An error is a value here: raised in a worker, it would reach the user as that worker's traceback.
+    The error is returned, because raised in a worker it would reach the user as the worker's traceback.
 
     Args:
-        skip: let another image stand in for a broken one. Which one, and how it is cut, follows from the seed, the
-            epoch and the place of the broken image, so every number of processes trains on the same.
-        resize_later: leave the resize of images to `device_steps`.
+        skip: replace a broken image by another one. Which one, and how it is cropped, follows from the seed, the epoch
+            and the index of the broken image, so it is the same on any number of processes.
+        resize_later: leave the resize of images to `device_batches`.
     """
 
     def __init__(
@@ -137,83 +137,83 @@ class TrainShares(Dataset):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.skip, self.resize_later = skip, resize_later
 
-    def __getitem__(self, share: Share) -> LoadedShare | InputError:
+    def __getitem__(self, rank_batch: RankBatch) -> LoadedBatch | InputError:
         try:
-            size = self._size(share)
+            size = self._size(rank_batch)
             samples, replaced = [], []
-            for draw in share.mine:
+            for ref in rank_batch.local:
                 try:
-                    samples.append(self._load(self.transform, draw.index, draw))
+                    samples.append(self._load(self.transform, ref.index, ref))
                 except InputError as error:
                     if not self.skip:
                         raise
-                    samples.append(self._stand_in(draw, size, error))
+                    samples.append(self._replacement(ref, size, error))
                     replaced.append(str(error))
-            keys = [seeding.derive(self.seed, "dropout", draw.epoch, draw.index) >> 33 for draw in share.mine]
+            keys = [seeding.derive(self.seed, "dropout", ref.epoch, ref.index) >> 33 for ref in rank_batch.local]
             images, labels, grids = ([sample[part] for sample in samples] for part in range(3))
             canvas = largest(images) if self.resize_later and images else None
-            batch = pad_collate(images, labels, [draw.index for draw in share.mine], size, keys, canvas)
-            return LoadedShare(batch, replaced, torch.from_numpy(np.stack(grids)) if canvas else None)
+            batch = pad_collate(images, labels, [ref.index for ref in rank_batch.local], size, keys, canvas)
+            return LoadedBatch(batch, replaced, torch.from_numpy(np.stack(grids)) if canvas else None)
         except InputError as error:
             return error
 
     def _load(
-        self, transform: TrainTransform, index: int, draw: Draw
+        self, transform: TrainTransform, index: int, ref: SampleRef
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """(pixels, labels, where a later resize puts the pixels) of an image in the place of a draw."""
+        """(pixels, labels, grid for a later resize or None) of an image, augmented as the sample `ref`."""
         pair = read_arrays(self.dataset, index)
         if self.resize_later:
-            return transform.window(*pair, self._rng(draw))
-        return *transform(*pair, self._rng(draw)), None
+            return transform.window(*pair, self._rng(ref))
+        return *transform(*pair, self._rng(ref)), None
 
-    def shape(self, draw: Draw) -> tuple[int, int]:
+    def shape(self, ref: SampleRef) -> tuple[int, int]:
         """Height and width of a sample as it will be loaded, from the size in its file's header."""
-        plan = self.transform.plan(self.dataset.size(draw.index), self._rng(draw))
+        plan = self.transform.plan(self.dataset.size(ref.index), self._rng(ref))
         return plan.height, plan.width
 
-    def _rng(self, draw: Draw) -> random.Random:
-        return seeding.generator(self.seed, "augment", draw.epoch, draw.index)
+    def _rng(self, ref: SampleRef) -> random.Random:
+        return seeding.generator(self.seed, "augment", ref.epoch, ref.index)
 
-    def _size(self, share: Share) -> tuple[int, int]:
-        """Height and width of the whole step's batch, equal on every rank: padding must not depend on who shares it.
+    def _size(self, rank_batch: RankBatch) -> tuple[int, int]:
+        """Height and width of the global batch, equal on every rank, so that padding does not depend on their number.
 
-        It is made of the sizes in the files' headers. Whether the rest of a file is broken only its reader knows, so a
-        stand-in has to fit into the batch as it is.
+        They come from the files' headers. Whether the rest of a file is broken shows only when it is read, so its
+        replacement has to fit into the batch as it is.
         """
         if self.transform.crop:
             return self.transform.crop
         sizes = []
-        for draw in share.all:
+        for ref in rank_batch.global_batch:
             try:
-                sizes.append(self.shape(draw))
+                sizes.append(self.shape(ref))
             except InputError as error:
                 if not self.skip:
                     raise
                 fault = error
-        for index in [] if sizes else self._substitutes(share.all[0]):
+        for index in [] if sizes else self._substitutes(rank_batch.global_batch[0]):
             with contextlib.suppress(InputError):
                 sizes = [self.dataset.size(index)]
                 break
         if not sizes:
-            raise InputError(f"{fault}; and {MOST_STAND_INS} images that could replace it are broken, too")
+            raise InputError(f"{fault}; and {MOST_REPLACEMENTS} images that could replace it are broken, too")
         return max(height for height, _ in sizes), max(width for _, width in sizes)
 
-    def _stand_in(
-        self, draw: Draw, size: tuple[int, int], fault: InputError
+    def _replacement(
+        self, ref: SampleRef, size: tuple[int, int], fault: InputError
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         transform = TrainTransform(size, self.transform.scale, self.transform.hflip, self.transform.jitter)
-        for index in self._substitutes(draw):
+        for index in self._substitutes(ref):
             with contextlib.suppress(InputError):
-                return self._load(transform, index, draw)
-        raise InputError(f"{fault}; and {MOST_STAND_INS} images that could replace it are broken, too")
+                return self._load(transform, index, ref)
+        raise InputError(f"{fault}; and {MOST_REPLACEMENTS} images that could replace it are broken, too")
 
-    def _substitutes(self, draw: Draw) -> list[int]:
-        """Images that may stand in for a broken one, in the order in which they are tried."""
-        order = seeding.permutation(len(self.dataset), self.seed, "stand-in", draw.epoch, draw.index)
-        return order[:MOST_STAND_INS].tolist()
+    def _substitutes(self, ref: SampleRef) -> list[int]:
+        """Images that may replace a broken one, in the order in which they are tried."""
+        order = seeding.permutation(len(self.dataset), self.seed, "stand-in", ref.epoch, ref.index)
+        return order[:MOST_REPLACEMENTS].tolist()
 
 
-MOST_STAND_INS = 16
+MOST_REPLACEMENTS = 16
 """More broken images in a row are no accident."""
 
 
@@ -236,8 +236,8 @@ class EvalBatches(Dataset):
         return Batch(torch.from_numpy(images), torch.from_numpy(labels), sizes, torch.tensor(indices), keys, counts)
 
 
-def train_loader(shares: TrainShares, sampler: GlobalBatchSampler, workers: int, device: torch.device) -> DataLoader:
-    return _loader(shares, sampler, workers, device)
+def train_loader(batches: RankBatches, sampler: GlobalBatchSampler, workers: int, device: torch.device) -> DataLoader:
+    return _loader(batches, sampler, workers, device)
 
 
 def eval_loader(batches: Dataset, sampler: EvalSampler, workers: int, device: torch.device) -> DataLoader:
@@ -269,9 +269,9 @@ def _loader(dataset: Dataset, sampler: Iterable, workers: int, device: torch.dev
 def _worker_context() -> multiprocessing.context.BaseContext:
     """Workers come from a fork server, which has one thread.
 
-    The training process has several (gloo's, the loaders'), and a fork beside threads can inherit a lock that nobody
-    will ever release: seen as an evaluation that waited for ever for its first batch. Signals that a launcher sends to
-    the whole process group are ignored by the server from birth: what to do is the training process's decision.
+    The training process has several (gloo's, the loaders'), and a fork next to threads can inherit a lock that nobody
+    will ever release: an evaluation once waited forever for its first batch. The server ignores signals from its start,
+    because a launcher sends them to the whole process group and only the training process may react.
     """
     context = multiprocessing.get_context("forkserver")
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
@@ -282,15 +282,15 @@ def _worker_context() -> multiprocessing.context.BaseContext:
 
 
 def _start_worker(_: int) -> None:
-    for number in SIGNALS:  # PyTorch and the fork server have set their own
+    for number in SIGNALS:  # PyTorch and the fork server have set handlers
         signal.signal(number, signal.SIG_IGN)
 
 
-class Totals(NamedTuple):
-    """What the labels of a step's global batch hold, as integers, so equal however many ranks counted them."""
+class LabelCounts(NamedTuple):
+    """Counts of the labels in a global batch; as integers they do not depend on the number of ranks."""
 
     pixels: list[int]
-    """256 numbers: pixels of each label value."""
+    """256 numbers: pixels with each label value."""
     images: int
     """Images with a valid pixel."""
 
@@ -300,29 +300,31 @@ class Totals(NamedTuple):
         return sum(self.pixels[:IGNORE_INDEX])
 
     @classmethod
-    def of(cls, counts: torch.Tensor) -> Totals:
-        """The totals of some images alone; `counts` is (N, 256) int64 on the CPU, as in a Batch."""
+    def of(cls, counts: torch.Tensor) -> LabelCounts:
+        """The counts of a few images; `counts` is (N, 256) int64 on the CPU, as in a Batch."""
         return cls(counts.sum(0).tolist(), int(counts[:, :IGNORE_INDEX].any(1).sum()))
 
 
-class Step(NamedTuple):
-    """A step's data on this rank's device, and what all ranks know about the step."""
+class TrainingBatch(NamedTuple):
+    """The data of a step on this rank's device, and what all ranks know about the step."""
 
-    batch: Batch
+    local: Batch
+    """This rank's part of the global batch."""
     padded: bool
-    totals: Totals
-    """Counts over the global batch, which the loss divides by."""
+    """Whether any image of this rank is smaller than the batch."""
+    label_counts: LabelCounts
+    """Counts over the global batch; the loss divides by them."""
     stop: bool
-    """Whether any rank was asked to save and leave by the time that this step was loaded, one step ahead of its use."""
-    waited_s: float
+    """Whether any rank had been asked to save and leave when this step was loaded, one step ahead of its use."""
+    data_wait_s: float
     """Seconds this rank waited for its loader."""
     replaced: tuple[str, ...] = ()
-    """What was wrong with each image of the global batch that another one stands in for, in order."""
+    """What was wrong with each replaced image of the global batch, in order."""
 
 
-def device_steps(
+def device_batches(
     loader: DataLoader, device: torch.device, stop_asked: Callable[[], bool] = lambda: False
-) -> Iterator[Step]:
+) -> Iterator[TrainingBatch]:
     """Move batches to the device one step ahead of their use, while the ranks agree on what is in them.
 
     The agreement is one small sum on the CPU, started a step early: the pixels of each label value and the images
@@ -331,29 +333,29 @@ def device_steps(
     """
     pending = None
     batches = iter(loader)
-    # Copies to a GPU, and the resize there, run beside the step before, in a stream of their own.
+    # Copies to a GPU, and the resize there, run in parallel with the step before, in a separate stream.
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     for _ in range(len(loader)):
         began = time.perf_counter()
-        loaded: LoadedShare | InputError = next(batches)
-        waited_s = time.perf_counter() - began
+        loaded: LoadedBatch | InputError = next(batches)
+        data_wait_s = time.perf_counter() - began
         fault = isinstance(loaded, InputError)
         replaced = () if fault else loaded.replaced
-        mine = Totals([0] * 256, 0) if fault else Totals.of(loaded.batch.counts)
+        mine = LabelCounts([0] * 256, 0) if fault else LabelCounts.of(loaded.batch.counts)
         flags = (int(fault), len(replaced), int(stop_asked()))
-        agreement = distributed.all_reduce_sum_later(torch.tensor([*mine.pixels, mine.images, *flags]))
+        agreement = distributed.all_reduce_sum_async(torch.tensor([*mine.pixels, mine.images, *flags]))
         padded = not fault and loaded.batch.padded
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             batch = loaded if fault else _to_device(loaded, device)
             there = stream.record_event() if stream else None
         if pending:
             yield _agreed(*pending)
-        pending = batch, there, replaced, padded, agreement, waited_s
+        pending = batch, there, replaced, padded, agreement, data_wait_s
     if pending:
         yield _agreed(*pending)
 
 
-def _to_device(loaded: LoadedShare, device: torch.device) -> Batch:
+def _to_device(loaded: LoadedBatch, device: torch.device) -> Batch:
     batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in loaded.batch))
     if loaded.grids is None:
         return batch
@@ -367,22 +369,22 @@ def _agreed(
     replaced: Sequence[str],
     padded: bool,
     agreement: Callable[[], torch.Tensor],
-    waited_s: float,
-) -> Step:
+    data_wait_s: float,
+) -> TrainingBatch:
     *pixels, images, faults, replacements, stops = agreement().tolist()
     if faults:
-        distributed.raise_together(str(batch) if isinstance(batch, InputError) else None)
-    everywhere = distributed.gather(replaced) if replacements else []
+        distributed.raise_on_all_ranks(str(batch) if isinstance(batch, InputError) else None)
+    everywhere = distributed.all_gather_object(replaced) if replacements else []
     if there is not None:
         stream = torch.cuda.current_stream()
         stream.wait_event(there)
         for tensor in batch:  # whose memory the other stream may not take back before this one has used it
             tensor.record_stream(stream)
-    return Step(
+    return TrainingBatch(
         batch,
         padded,
-        Totals(pixels, images),
+        LabelCounts(pixels, images),
         bool(stops),
-        waited_s,
+        data_wait_s,
         tuple(fault for rank in everywhere for fault in rank),
     )

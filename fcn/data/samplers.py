@@ -1,4 +1,4 @@
-"""Who computes what: pure functions of (seed, step, rank, world size)."""
+"""Which rank computes what, as pure functions of (seed, step, rank, world size)."""
 
 from __future__ import annotations
 
@@ -8,46 +8,49 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import DistributedSampler
 
+from fcn.distributed import block_of
 from fcn.errors import InputError
 from fcn.seeding import permutation
 
 
-class Draw(NamedTuple):
-    """One sample at one point of the run; what augmentation is keyed by."""
+class SampleRef(NamedTuple):
+    """A sample in an epoch; its augmentation follows from both."""
 
     epoch: int
     index: int
 
 
-class Share(NamedTuple):
-    """What one rank loads for one step."""
+class RankBatch(NamedTuple):
+    """The samples of one rank for one step."""
 
     step: int
-    mine: Sequence[Draw]
+    local: Sequence[SampleRef]
     """This rank's samples."""
-    all: Sequence[Draw]
-    """The whole global batch, from which every rank derives the padded size."""
+    global_batch: Sequence[SampleRef]
+    """The samples of the global batch, from which every rank derives the padded size."""
 
 
 class GlobalBatchSampler(DistributedSampler):
-    """This rank's share of every global batch from `start_step` on.
+    """Yields this rank's part of every global batch, starting at `start_step`.
 
-    The data of a run is one endless stream: a random order of the split, then another, and so on. Step s takes the
-    positions [s·B, (s+1)·B) of it, whatever the number of processes, and rank r of W those from ⌊r·B/W⌋ to ⌊(r+1)·B/W⌋:
-    parts that differ by at most one image, and may be empty. So every image is drawn once per epoch, no batch is short,
-    and a resumed run starts at its step without reading what came before.
+    The data of a run is one endless stream: the split in a random order, then in another, and so on. Step s takes the
+    positions [s·B, (s+1)·B) of the stream, for any number of processes, and rank r of W takes those from ⌊r·B/W⌋ to
+    ⌊(r+1)·B/W⌋ of the batch. These parts differ by at most one image and may be empty. So every image occurs once per
+    epoch, no batch is short, and a resumed run starts at its step without reading what came before.
 
-    With `shape`, steps exchange images so that those of similar shape share a batch and little of it is padding. Only
-    the steps of one window do, and a window lies within an epoch. So all of the above still holds, and a step needs
-    the shapes of its window alone. A step that begins in one epoch and ends in the next keeps its images.
+    With `shards`, which divides B, a rank takes whole ones of that many equal parts; see `distributed.Shards`.
+
+    With `shape`, steps exchange images so that a batch has images of similar shape and little padding. Only the steps
+    of one window exchange images, and a window lies within an epoch. So all of the above still holds, and a step needs
+    only the shapes of its window. A step that begins in one epoch and ends in the next keeps its images.
 
     Args:
         dataset: anything with a length.
-        batch_size: global batch B.
+        batch_size: global batch size B.
         steps: the run's length; the last step is `steps - 1`.
-        start_step: first step to draw.
-        window: most steps that exchange images.
-        shape: (height, width) of a sample as it will be loaded. An InputError of it is left to whoever loads the file.
+        start_step: the first step to yield.
+        window: largest number of steps that exchange images.
+        shape: (height, width) of a sample as it will be loaded. If it raises InputError, loading the file will, too.
     """
 
     def __init__(
@@ -60,17 +63,18 @@ class GlobalBatchSampler(DistributedSampler):
         seed: int,
         rank: int,
         world_size: int,
+        shards: int | None = None,
         window: int = 1,
-        shape: Callable[[Draw], tuple[int, int]] | None = None,
+        shape: Callable[[SampleRef], tuple[int, int]] | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
         self.batch_size, self.steps, self.start_step = batch_size, steps, start_step
-        self.window, self.shape = window, shape
+        self.shards, self.window, self.shape = shards, window, shape
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
-        self._exchanged: tuple[range, list[list[Draw]]] = (range(0), [])
+        self._exchanged: tuple[range, list[list[SampleRef]]] = (range(0), [])
 
-    def global_batch(self, step: int) -> list[Draw]:
-        """The samples of one step, in order."""
+    def global_batch(self, step: int) -> list[SampleRef]:
+        """The samples of a step, in order."""
         steps = self._window(step)
         if len(steps) == 1:
             return self._in_random_order(step)
@@ -79,7 +83,7 @@ class GlobalBatchSampler(DistributedSampler):
         return self._exchanged[1][step - steps.start]
 
     def _window(self, step: int) -> range:
-        """The steps that exchange images with this one: the epoch's whole batches, in equal parts up to the last."""
+        """The steps that exchange images with this one: the epoch's complete batches, in windows of equal length."""
         size = len(self.dataset)  # type: ignore[arg-type]
         epoch = step * self.batch_size // size
         first, end = -(-epoch * size // self.batch_size), (epoch + 1) * size // self.batch_size
@@ -90,36 +94,37 @@ class GlobalBatchSampler(DistributedSampler):
         begin = first + (step - first) // length * length
         return range(begin, min(begin + length, end))
 
-    def _exchange(self, steps: range) -> list[list[Draw]]:
-        """The batches of a window. Their order is random: it must not depend on shape."""
-        draws = [draw for step in steps for draw in self._in_random_order(step)]
-        batches = group_by_shape([self._known_shape(draw) for draw in draws], self.batch_size)
+    def _exchange(self, steps: range) -> list[list[SampleRef]]:
+        """The batches of a window in random order, which must not depend on shape."""
+        refs = [ref for step in steps for ref in self._in_random_order(step)]
+        batches = group_by_shape([self._known_shape(ref) for ref in refs], self.batch_size)
         order = permutation(len(batches), self.seed, "exchange", steps.start)
-        return [[draws[place] for place in batches[number]] for number in order]
+        return [[refs[place] for place in batches[number]] for number in order]
 
-    def _known_shape(self, draw: Draw) -> tuple[int, int]:
+    def _known_shape(self, ref: SampleRef) -> tuple[int, int]:
         try:
-            return self.shape(draw)
+            return self.shape(ref)
         except InputError:
             return 0, 0
 
-    def _in_random_order(self, step: int) -> list[Draw]:
+    def _in_random_order(self, step: int) -> list[SampleRef]:
         size = len(self.dataset)  # type: ignore[arg-type]
         return [
-            self._draw(position // size, position % size)
+            self._ref(position // size, position % size)
             for position in range(step * self.batch_size, (step + 1) * self.batch_size)
         ]
 
-    def _draw(self, epoch: int, place: int) -> Draw:
+    def _ref(self, epoch: int, place: int) -> SampleRef:
         if self._order[0] != epoch:
             self._order = epoch, permutation(len(self.dataset), self.seed, "order", epoch)  # type: ignore[arg-type]
-        return Draw(epoch, int(self._order[1][place]))
+        return SampleRef(epoch, int(self._order[1][place]))
 
-    def __iter__(self) -> Iterator[Share]:  # type: ignore[override]
-        first, end = (place * self.batch_size // self.num_replicas for place in (self.rank, self.rank + 1))
+    def __iter__(self) -> Iterator[RankBatch]:  # type: ignore[override]
+        shards = self.shards or self.batch_size
+        block, size = block_of(self.rank, self.num_replicas, shards), self.batch_size // shards
         for step in range(self.start_step, self.steps):
             batch = self.global_batch(step)
-            yield Share(step, batch[first:end], batch)
+            yield RankBatch(step, batch[block.start * size : block.stop * size], batch)
 
     def __len__(self) -> int:
         return max(0, self.steps - self.start_step)
@@ -129,10 +134,10 @@ class GlobalBatchSampler(DistributedSampler):
 
 
 def group_by_shape(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
-    """Places of shapes (height, width), as many as fill batches, in batches of similar shape.
+    """Group the positions of shapes (height, width), which fill whole batches, into batches of similar shape.
 
-    Halves them by height or by width, whichever pads less, and so on down to single batches. Equal shapes keep their
-    order.
+    Splits them in half by height or by width, whichever needs less padding, down to single batches. Equal shapes keep
+    their order.
     """
 
     def padded(places: Sequence[int]) -> int:
@@ -153,10 +158,10 @@ def group_by_shape(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[l
 
 
 class EvalSampler:
-    """Batches of equally sized images that give every image of a split to exactly one rank.
+    """Batches of equally sized images in which every image of a split occurs on exactly one rank.
 
-    Images are sorted by size and dealt out in turn, so that each rank gets its part of every size. No image is repeated
-    to even out the ranks: some ranks have one image fewer, and evaluation needs no collective per batch.
+    Images are sorted by size and dealt to the ranks in turn, so that each rank gets images of every size. No image is
+    repeated to even out the ranks: some have one image fewer, and evaluation needs no collective per batch.
     """
 
     def __init__(self, sizes: Sequence[tuple[int, int]], *, batch_size: int, rank: int, world_size: int) -> None:

@@ -13,14 +13,14 @@ import math
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from fcn import cli
+from fcn.arguments import Parser
 from fcn.data.labels import IGNORE_INDEX, SHAPES, SHAPES_NAMES, voc_palette
-from fcn.distributed import World
 from fcn.errors import InputError
 from fcn.seeding import derive
 
@@ -158,19 +158,24 @@ def _form(rng: np.random.Generator, name: str, width: int, height: int) -> Image
     return form
 
 
-def main(argv: list[str], world: World) -> int:
-    parser = cli.Parser(prog="python -m fcn.data.shapes", description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m fcn.data.shapes`; returns the exit status."""
+    parser = Parser(prog="python -m fcn.data.shapes", description=__doc__)
     parser.add_argument("root", type=Path, help="folder to write, such as data/shapes")
     parser.add_argument("--train", type=int, default=400, help="training images (400)")
     parser.add_argument("--val", type=int, default=100, help="validation images (100)")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives another data set (0)")
-    args = parser.parse_args(argv)
-    if min(args.train, args.val) < 1:
-        parser.error(f"found --train {args.train} --val {args.val}; accepted: one image or more of each")
-    written = write_shapes(args.root, args.train, args.val, args.seed)
-    print(f"{args.root}: written, {args.train} + {args.val} images" if written else f"{args.root}: is there already")
+    try:
+        args = parser.parse_args(argv)
+        if min(args.train, args.val) < 1:
+            parser.error(f"found --train {args.train} --val {args.val}; accepted: one image or more of each")
+        written = write_shapes(args.root, args.train, args.val, args.seed)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.root}: written, {args.train} + {args.val} images" if written else f"{args.root}: exists already")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """From a decoded pair to arrays of the training size, and from uint8 batches to the network's input.
 
-Joint transforms choose all their numbers from one generator keyed by (seed, epoch, index), so a sample looks the same
-whichever process or worker makes it.
+Joint transforms draw all their numbers from one generator keyed by (seed, epoch, index), so a sample is the same in any
+process or worker.
 """
 
 from __future__ import annotations
@@ -16,22 +16,21 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torchvision.transforms import functional
 
 from fcn.config import IMAGENET_MEAN, IMAGENET_STD
 
 SHORT_SIDE = 520
-"""Of the preset short520, in pixels."""
+"""Short side of the preset short520, in pixels."""
 
 
 class Plan(NamedTuple):
-    """What a training transform does to one sample, decided from its size alone: resize, cut out, flip."""
+    """What a training transform does to a sample: resize, crop, flip. It depends only on the sample's size."""
 
     height: int
     """Size of the result, at most the crop's."""
     width: int
     top: int
-    """Place of the result in the resized image."""
+    """Position of the result in the resized image."""
     left: int
     step: Fraction
     """Pixels of the source per pixel of the resized image."""
@@ -41,13 +40,13 @@ class Plan(NamedTuple):
 class TrainTransform:
     """Random resize, random crop, random horizontal flip, random colours.
 
-    An image smaller than the crop stays as it is; the collate pads it.
+    An image that is smaller than the crop keeps its size; the collate pads it.
 
     Args:
         crop: height and width.
         scale: range of the resize factor; see `resize_factors`.
         hflip: probability of a flip.
-        jitter: largest change of brightness, contrast, saturation and hue, as torchvision's ColorJitter takes them.
+        jitter: largest change of brightness, contrast, saturation and hue, as in torchvision's ColorJitter.
     """
 
     def __init__(
@@ -61,10 +60,10 @@ class TrainTransform:
         self._factors = resize_factors(*scale) if scale else [Fraction(1)]
 
     def plan(self, size: tuple[int, int], rng: random.Random) -> Plan:
-        """Choose everything for an image of `size` (height, width)."""
+        """Draw the plan for an image of `size` (height, width)."""
         factor = self._factors[int(rng.random() * len(self._factors))]
         up, down = factor.numerator, factor.denominator
-        if min(size) * up < down:  # no side may vanish
+        if min(size) * up < down:  # a side must not vanish
             up, down = 1, min(size)
         full_height, full_width = (side * up // down for side in size)
         height, width = full_height, full_width
@@ -77,7 +76,7 @@ class TrainTransform:
     def window(
         self, image: Image.Image | np.ndarray, labels: Image.Image | np.ndarray, rng: random.Random
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The same sample, but for the resize of its image, which `resize_windows` does for a batch on the device.
+        """The same sample without the resize of its image, which `resize_windows` does for a batch on the device.
 
         Returns:
             the pixels that the resize needs (H, W, 3) uint8, labels (h, w) uint8, and where they go: (2, 5) float64, of
@@ -103,45 +102,48 @@ class TrainTransform:
         pixels = resize(pixels, plan)
         if self.jitter:
             pixels = np.asarray(self._recolour(Image.fromarray(pixels), rng))
-        if plan.flip:  # PyTorch's flip is ten times as fast as a copy of numpy's
+        if plan.flip:  # PyTorch's flip is ten times as fast as NumPy's copy
             pixels = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).flip(1).numpy()
         return pixels, resize_labels(np.asarray(labels), plan)
 
     def _recolour(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        """In random order, as torchvision does; every number is drawn, so that none depends on which are used."""
+        """Apply colour changes in random order, as torchvision does. All numbers are always drawn, so that none
+        depends on which are used."""
+        from torchvision.transforms import functional  # it takes as long to import as PyTorch
+
         order = sorted(range(4), key=[rng.random() for _ in range(4)].__getitem__)
         draws = [2 * rng.random() - 1 for _ in range(4)]
         for place in order:
             change = self.jitter[place] * draws[place]
             if change:
-                image = _ADJUST[place](image, change if place == 3 else 1 + change)
+                adjust = getattr(functional, f"adjust_{JITTERED[place]}")
+                image = adjust(image, change if place == 3 else 1 + change)
         return image
 
 
-_ADJUST = (
-    functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation, functional.adjust_hue,
-)  # fmt: skip
+JITTERED = ("brightness", "contrast", "saturation", "hue")
 
 
 @functools.cache
 def resize_factors(low: float, high: float) -> list[Fraction]:
-    """The factors that a random resize draws from: multiples of 1/32 from `low` to `high`.
+    """The factors of a random resize: multiples of 1/32 from `low` to `high`, or else the simplest fraction near their
+    middle.
 
-    Where there is none, the simplest fraction near their middle. With a small denominator every few pixels of the
-    resized image begin where a pixel of the source does, so a part of it can be computed from a part of the source.
+    With a small denominator, every few pixels of the resized image begin where a pixel of the source does. So a part of
+    it can be computed from a part of the source.
     """
     multiples = range(math.ceil(low * 32), math.floor(high * 32) + 1)
     return [Fraction(m, 32) for m in multiples] or [Fraction((low + high) / 2).limit_denominator(32)]
 
 
 def resize(pixels: np.ndarray, plan: Plan) -> np.ndarray:
-    """The part of the resized image that the plan keeps, and little else, is computed.
+    """Compute the part of the resized image that the plan keeps, and little else.
 
     Args:
         pixels: (H, W, 3) uint8.
 
     Returns:
-        (height, width, 3) uint8, what an antialiased bilinear resize of the whole image has there.
+        (height, width, 3) uint8, equal to that part of an antialiased bilinear resize of the whole image.
     """
     if plan.step == 1:
         return pixels[plan.top : plan.top + plan.height, plan.left : plan.left + plan.width]
@@ -149,7 +151,7 @@ def resize(pixels: np.ndarray, plan: Plan) -> np.ndarray:
     left, right, before = source_span(plan.left, plan.width, pixels.shape[1], plan.step)
     window = np.require(pixels[top:bottom, left:right], requirements=["C", "W"])
     planes = torch.from_numpy(window)[None].permute(0, 3, 1, 2)  # seen as channels-last
-    # The size of the result is rounded down: not to lose its last pixel, the factor is a hair larger.
+    # The size of the result is rounded down. A slightly larger factor keeps its last pixel.
     factor = float(1 / plan.step) * (1 + 1e-12)
     resized = nn.functional.interpolate(planes, scale_factor=factor, mode="bilinear", antialias=True)
     rows, columns = slice(above, above + plan.height), slice(before, before + plan.width)
@@ -157,12 +159,12 @@ def resize(pixels: np.ndarray, plan: Plan) -> np.ndarray:
 
 
 def source_span(start: int, length: int, size: int, step: Fraction) -> tuple[int, int, int]:
-    """Along one side: which pixels of the source [first, end) the pixels [start, start + length) of the result need.
+    """Along one side: the pixels [first, end) of the source that the pixels [start, start + length) of the result need.
 
     Returns:
         (first, end, how many pixels of a result that begins at `first` come before `start`).
     """
-    up, down = step.numerator, step.denominator  # whole numbers: fractions are slow
+    up, down = step.numerator, step.denominator  # integers, because fractions are slow
     reach = max(up, down)  # of the filter to both sides, in parts of 1 / down of a pixel
     begin = max(0, start - -(-reach // up)) // down * down
     end = min(size, -(-((start + length) * up + reach) // down))
@@ -170,7 +172,7 @@ def source_span(start: int, length: int, size: int, step: Fraction) -> tuple[int
 
 
 def resize_labels(labels: np.ndarray, plan: Plan) -> np.ndarray:
-    """(H, W) uint8 → (height, width) uint8: the nearest label of the source, flipped if the plan says so."""
+    """(H, W) uint8 → (height, width) uint8: the nearest label of the source, flipped if planned."""
     rows, columns = label_places(plan, labels.shape[:2])
     window = labels[
         rows[0] : rows[-1] + 1
@@ -181,7 +183,7 @@ def resize_labels(labels: np.ndarray, plan: Plan) -> np.ndarray:
 
 
 def label_places(plan: Plan, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the source, of `size` (height, width), that labels are taken from."""
+    """The rows and columns of a source of `size` (height, width) from which labels are taken."""
     up, down = plan.step.numerator, 2 * plan.step.denominator
     rows = np.minimum((2 * np.arange(plan.top, plan.top + plan.height) + 1) * up // down, size[0] - 1)
     columns = np.minimum((2 * np.arange(plan.left, plan.left + plan.width) + 1) * up // down, size[1] - 1)
@@ -189,9 +191,8 @@ def label_places(plan: Plan, size: tuple[int, int]) -> tuple[np.ndarray, np.ndar
 
 
 WEIGHT_BITS = 14
-"""Weights of the resize on the device are whole multiples of 2^-14. Then every sum of weighted pixels is a whole number
-below 2^22, which float32 holds: a result does not depend on the order of the sum, on the batch around it or on the
-device."""
+"""Weights of the resize on the device are multiples of 2^-14. Then every sum of weighted pixels is an integer below
+2^22, which float32 represents exactly, so a result does not depend on the order of the sum, the batch or the device."""
 
 
 def resize_windows(windows: torch.Tensor, grids: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -200,12 +201,12 @@ def resize_windows(windows: torch.Tensor, grids: torch.Tensor, size: tuple[int, 
     Equal to `resize` to one grey level; columns first, then rows, rounded to 8 bits after each.
 
     Args:
-        windows: (N, H, W, 3) uint8, each image at the top left; what stands beside it does not matter.
+        windows: (N, H, W, 3) uint8, each image at the top left, with any values around it.
         grids: (N, 2, 5) float64, see `TrainTransform.window`.
         size: height and width of the result.
 
     Returns:
-        (N, height, width, 3) uint8, 0 beside each image.
+        (N, height, width, 3) uint8, 0 around each image.
     """
     planes = windows.permute(0, 3, 1, 2).float()
     rows, columns = (_weights(grids[:, side], size[side], windows.shape[1 + side])[:, None].float() for side in (0, 1))
@@ -214,7 +215,7 @@ def resize_windows(windows: torch.Tensor, grids: torch.Tensor, size: tuple[int, 
 
 
 def _weights(sides: torch.Tensor, length: int, size: int) -> torch.Tensor:
-    """(N, length, size) float64: weight, times 2^14, of each pixel of the source in each of the result."""
+    """(N, length, size) float64: the weight, times 2^14, of each pixel of the source in each pixel of the result."""
     begin, step, pixels, results, flipped = (column[:, None] for column in sides.unbind(1))
     places = torch.arange(length, device=sides.device, dtype=torch.float64)[None]
     inside = places < results
@@ -232,7 +233,7 @@ def _round_off(sums: torch.Tensor) -> torch.Tensor:
 
 
 class EvalTransform:
-    """What of a sample is scored.
+    """Chooses what of a sample is scored.
 
     Args:
         preset: native (all of it), short520 (all of it, resized to a short side of 520 pixels), or center_crop.
@@ -245,8 +246,10 @@ class EvalTransform:
         self.preset, self.crop = preset, crop
 
     def __call__(self, image: Image.Image, labels: Image.Image) -> tuple[Image.Image, Image.Image]:
-        """Image and labels of one size again."""
+        """Returns image and labels of equal size."""
         if self.preset == "short520":
+            from torchvision.transforms import functional
+
             image = functional.resize(image, [SHORT_SIDE], functional.InterpolationMode.BILINEAR)
             labels = functional.resize(labels, [SHORT_SIDE], functional.InterpolationMode.NEAREST)
         elif self.preset == "center_crop":
@@ -261,7 +264,7 @@ class EvalTransform:
 def _statistics(
     mean: tuple[float, float, float], std: tuple[float, float, float], dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation in grey levels 0..255; made once, because the copy to a GPU waits for it."""
+    """Mean and deviation in grey levels 0..255; cached, because the copy to a GPU makes the host wait."""
     average, deviation = (torch.tensor(value, dtype=dtype, device=device) * 255 for value in (mean, std))
     return average, deviation
 

@@ -1,4 +1,4 @@
-"""Networks of the user's own, by import path, and what can be promised for them."""
+"""A user's own network, by import path, and what can be promised for it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.ops import FrozenBatchNorm2d
 
-from fcn import user_code
+from fcn.config import call_by_path
 from fcn.errors import InputError
 from fcn.models.layers import SampleKeys, SyncBatchNorm2d
 
@@ -19,13 +18,13 @@ from fcn.models.layers import SampleKeys, SyncBatchNorm2d
 def build_custom(path: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
     """Call `package.module:function` with `num_classes` and the options.
 
-    The network takes images (N, 3, H, W) and
-    returns logits (N, num_classes, H, W), or a mapping with those as "out" and perhaps as "aux", as torchvision's do.
+    The network takes images (N, 3, H, W) and returns logits (N, num_classes, H, W), or a mapping with those as "out"
+    and perhaps "aux", as torchvision's networks do.
 
     Raises:
-        InputError: there is no such module or function, it takes other arguments, or it returns no nn.Module.
+        InputError: the module or function does not exist, takes other arguments, or returns no nn.Module.
     """
-    network = user_code.call("model", path, "an nn.Module", {"num_classes": num_classes}, options)
+    network = call_by_path("model", path, "an nn.Module", {"num_classes": num_classes}, options)
     if not isinstance(network, nn.Module):
         raise InputError(
             f"model.name: {path} returned {type(network).__name__}; accepted: a function that returns an nn.Module"
@@ -47,18 +46,18 @@ def examine(
     *,
     sync_bn: bool,
 ) -> list[str]:
-    """Try a network, once converted and placed, on two random images; a copy is tried, so nothing of it changes.
+    """Try a copy of a converted and placed network on two random images.
 
     Parameters that no loss depends on are frozen, because DistributedDataParallel would wait for their gradients.
 
     Args:
         network: after `convert_dropout`, which returned `keys`, and perhaps `convert_sync_batchnorm`.
         size: height and width of the images.
-        autocast: the context of the forward pass, one that can be entered again.
-        sync_bn: whether batch statistics ought to be those of all processes.
+        autocast: a reusable context for the forward pass.
+        sync_bn: whether batch statistics should be those of all processes.
 
     Returns:
-        What the user should know, one line each: what was frozen, and what will depend on the number of processes.
+        Notes for the user, one line each: what was frozen, and what will depend on the number of processes.
 
     Raises:
         InputError: the output is not what training and evaluation need.
@@ -122,7 +121,7 @@ def _check(when: str, logits: Any, images: torch.Tensor, num_classes: int) -> No
 
 
 def _random_state(device: torch.device) -> torch.Tensor:
-    """Of the generators that a network on this device may draw from."""
+    """The state of the generators that a network on this device may use."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -130,6 +129,8 @@ def _random_state(device: torch.device) -> torch.Tensor:
 
 
 def _unsynchronised(module: nn.Module) -> bool:
+    from torchvision.ops import FrozenBatchNorm2d  # fcn's own networks never come here
+
     known = (SyncBatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, nn.modules.instancenorm._InstanceNorm)
     counts = isinstance(module, nn.modules.batchnorm._BatchNorm) or hasattr(module, "running_mean")
     return counts and not isinstance(module, known)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models import resnet18, segmentation
 
 from fcn.models.layers import ResNetTrunk, bilinear_upsampling, crop
 
@@ -23,23 +22,25 @@ def fcn_resnet18(num_classes: int) -> nn.Module:
 def fcn_resnet50(num_classes: int, aux: bool = True) -> nn.Module:
     """torchvision's `fcn_resnet50`, with its names: 35 322 218 parameters for 21 classes with the auxiliary head.
 
-    Dropout of 0.1 in each head; under the engine it is keyed by sample, so that it does not depend on the number of
+    Dropout of 0.1 in each head; in training it is keyed by sample, so that it does not depend on the number of
     processes.
 
     Args:
         num_classes: channels of the logits.
         aux: whether training has a second head, on layer 3; its loss is weighed by `loss.aux_weight`.
     """
-    return _dilated(segmentation.fcn_resnet50, num_classes, aux)
+    return _dilated("fcn_resnet50", num_classes, aux)
 
 
 def fcn_resnet101(num_classes: int, aux: bool = True) -> nn.Module:
     """torchvision's `fcn_resnet101`. Arguments and dropout as in `fcn_resnet50`."""
-    return _dilated(segmentation.fcn_resnet101, num_classes, aux)
+    return _dilated("fcn_resnet101", num_classes, aux)
 
 
-def _dilated(build, num_classes: int, aux: bool) -> nn.Module:
-    parts = build(weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=aux)
+def _dilated(name: str, num_classes: int, aux: bool) -> nn.Module:
+    from torchvision.models import segmentation
+
+    parts = getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=aux)
     return FCNResNet(parts.backbone, parts.classifier, parts.aux_classifier)
 
 
@@ -65,7 +66,7 @@ class FCNResNet18(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.backbone = ResNetTrunk(resnet18(weights=None))
+        self.backbone = ResNetTrunk.of("resnet18")
         self.score = nn.Conv2d(512, num_classes, 1)
         nn.init.xavier_uniform_(self.score.weight)
         nn.init.zeros_(self.score.bias)

@@ -39,7 +39,7 @@ def fcn8s(num_classes: int, layout: str = "classic", dropout: float = 0.5, width
         layout: "classic" pads the image by 100 and crops by 5, 9 and 31, as the reference code does; "same" pads
             fc6 by 3 instead, which keeps every layer's receptive field and aligns all strides at the top left. At
             512×512 and 21 classes they cost 190.4 and 111.3 billion multiply-adds. The weights fit both.
-        dropout: rate of channel dropout after fc6 and fc7. Under the engine it is keyed by sample, so that it does not
+        dropout: rate of channel dropout after fc6 and fc7. In training it is keyed by sample, so that it does not
             depend on the number of processes.
         width: channels of the first stage; 64 is VGG16, and what pretrained weights need.
 

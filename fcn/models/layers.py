@@ -1,33 +1,43 @@
-"""Layers that several networks share: BatchNorm over all processes, dropout keyed by sample, bilinear upsampling."""
+"""Layers that networks share: BatchNorm over all processes, dropout keyed by sample, bilinear upsampling."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models import ResNet
 
 from fcn import distributed
+from fcn.distributed import Shards
+
+if TYPE_CHECKING:
+    from torchvision.models import ResNet
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d whose training statistics are those of the union of all ranks' batches, on any backend.
+    """BatchNorm2d whose training statistics are those of all ranks' batches together, on any backend.
 
-    Same parameters, buffers and numbers as `nn.BatchNorm2d` on the whole batch, for unequal and empty parts too.
-    `nn.SyncBatchNorm` refuses CPU tensors; this one needs only a sum over the ranks.
+    It has the parameters, buffers and numbers of `nn.BatchNorm2d` on the whole batch, also for unequal and empty parts.
+    `nn.SyncBatchNorm` refuses CPU tensors.
     """
 
+    shards: Shards | None = None
+    """Where the network computes shard by shard; see `sharded.convert_shards`."""
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if not (self.training and distributed.is_active()):
+        shards = self.shards if self.shards and self.shards.now else None
+        if not (self.training and (shards or distributed.is_active())):
             return super().forward(images)
         weight, bias = self.weight, self.bias
         if weight is None:  # affine=False
             wide = torch.promote_types(images.dtype, torch.float32)
             weight, bias = (torch.full((self.num_features,), x, dtype=wide, device=images.device) for x in (1, 0))
-        output, mean, variance, count = _SyncBatchNorm.apply(images, weight, bias, self.eps)
+        parts = shards.copies if shards else lambda parameter: [parameter]
+        output, mean, variance, count = _SyncBatchNorm.apply(
+            images, torch.stack(parts(weight)), torch.stack(parts(bias)), self.eps, shards.gather if shards else _gather
+        )
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked += 1
@@ -38,27 +48,44 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return output
 
 
-class _SyncBatchNorm(torch.autograd.Function):
-    """Ioffe and Szegedy 2015, forward and backward, with every sum taken over all ranks.
+def _gather(mine: torch.Tensor) -> torch.Tensor:
+    """The one part (1, *shape) of each rank → (ranks, *shape)."""
+    return distributed.all_gather(mine[0])
 
-    Statistics cross in float64, so that how the batch is shared changes no more than the last bits.
+
+class _SyncBatchNorm(torch.autograd.Function):
+    """Ioffe and Szegedy 2015, forward and backward, with every sum taken over the parts of the global batch.
+
+    Statistics travel in float64, so that the split of the batch changes only the last bits.
+
+    Args:
+        x: (N, C, H, W), the parts of this rank.
+        weight, bias: (parts of this rank, C); the rows are equal, and each part gets its own gradient.
+        gather: a row for each part of this rank → the rows of all ranks' parts.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        eps: float,
+        gather: Callable[[torch.Tensor], torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        local = x.numel() // x.shape[1]
+        parts, weight, bias = len(weight), weight[0], bias[0]
+        local = x.numel() // x.shape[1] // parts
         if local:
-            # One fused pass: the local mean and (biased) variance of each channel.
-            mine = torch.stack(torch.batch_norm_update_stats(x, None, None, 0.0)).double()
+            # One fused pass over each part: its mean and (biased) variance of each channel.
+            found = [torch.stack(torch.batch_norm_update_stats(part, None, None, 0.0)) for part in x.chunk(parts)]
+            mine = torch.stack(found).double()
         else:
-            mine = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
-        parts = distributed.stack_ranks(torch.cat([mine, torch.full_like(mine[:1], local)]))  # (ranks, 3, C)
-        means, variances, counts = parts.unbind(1)
+            mine = torch.zeros(1, 2, x.shape[1], dtype=torch.float64, device=x.device)
+        everywhere = gather(torch.cat([mine, torch.full_like(mine[:, :1], local)], dim=1))  # (parts of all, 3, C)
+        means, variances, counts = everywhere.unbind(1)
         count = counts[:, 0].sum()
         mean = (means * counts).sum(0) / count
-        # Chan, Golub, LeVeque 1979: no difference of large numbers, so the ranks' rounding stays the only one.
+        # Chan, Golub, LeVeque 1979: no difference of large numbers, so the parts' rounding stays the only one.
         variance = ((variances + (means - mean).square()) * counts).sum(0) / count
         dtype = torch.promote_types(x.dtype, weight.dtype)
         wide_mean, wide_variance = mean.to(dtype), variance.to(dtype)
@@ -66,7 +93,7 @@ class _SyncBatchNorm(torch.autograd.Function):
             F.batch_norm(x, wide_mean, wide_variance, weight, bias, False, 0.0, eps) if local else torch.empty_like(x)
         )
         ctx.save_for_backward(x, weight, wide_mean, wide_variance, count)
-        ctx.eps = eps
+        ctx.parts, ctx.eps, ctx.gather = parts, eps, gather
         ctx.mark_non_differentiable(mean, variance, count)
         return output, mean, variance, count
 
@@ -74,13 +101,17 @@ class _SyncBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, mean, variance, count = ctx.saved_tensors
         invstd = torch.rsqrt(variance + ctx.eps)
-        if x.numel():  # of this rank's part: Σ g·x̂ and Σ g, with x̂ = (x − mean)/σ
-            _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-                grad, x, weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
-            )
+        if x.numel():  # of each part: Σ g·x̂ and Σ g, with x̂ = (x − mean)/σ
+            found = [
+                torch.ops.aten.native_batch_norm_backward(
+                    grad_part, part, weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
+                )[1:]
+                for grad_part, part in zip(grad.chunk(ctx.parts), x.chunk(ctx.parts), strict=True)
+            ]
+            grad_weight, grad_bias = (torch.stack(column) for column in zip(*found, strict=True))
         else:
-            grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight)
-        sums = distributed.stack_ranks(torch.cat([grad_weight.double(), grad_bias.double()])).sum(0)
+            grad_weight = grad_bias = torch.zeros_like(weight)[None]
+        sums = ctx.gather(torch.cat([grad_weight.double(), grad_bias.double()], dim=1)).sum(0)
         total_weight, total_bias = (sums / count).to(weight.dtype).chunk(2)
         # dx = w/σ · (g − Σg/n − x̂·Σgx̂/n) = scale·g + slope·x + offset: two passes over the pixels, in the wider type
         scale = weight * invstd
@@ -88,13 +119,13 @@ class _SyncBatchNorm(torch.autograd.Function):
         offset = -scale * total_bias - slope * mean
         scale, slope, offset = (channel[:, None, None] for channel in (scale, slope, offset))
         grad_input = torch.addcmul(offset, x, slope).addcmul_(grad, scale)
-        return grad_input.to(grad.dtype), grad_weight, grad_bias, None
+        return grad_input.to(grad.dtype), grad_weight, grad_bias, None, None
 
 
 def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
-    """Make every BatchNorm2d one over all processes, in place; the state_dict keys stay the same.
+    """Turn every BatchNorm2d into a SyncBatchNorm2d, in place; the state_dict keys stay the same.
 
-    On GPUs, too: `nn.SyncBatchNorm` waits for the device in every layer and step.
+    On GPUs, too, because `nn.SyncBatchNorm` waits for the device in every layer and step.
     """
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
@@ -117,9 +148,9 @@ def init_he(model: nn.Module) -> None:
 
 
 class SampleKeys:
-    """The keys of the samples in the forward pass under way, (N,) int64 from 0 to 2³¹ - 1, or None for no keys.
+    """The keys of the samples in the current forward pass, (N,) int64 from 0 to 2³¹ - 1, or None for no keys.
 
-    One object is shared by all dropout layers of a network, and the engine sets it before each forward.
+    All dropout layers of a network share one object, and the training step sets it before each forward pass.
     """
 
     def __init__(self) -> None:
@@ -129,9 +160,9 @@ class SampleKeys:
 class KeyedDropout(nn.Dropout):
     """Dropout (Srivastava et al. 2014) whose mask is a pure function of (sample key, layer, element).
 
-    So it depends neither on the number of processes nor on how a step is split, and a resumed run draws what the
-    other would have drawn. Without keys, or if the first dimension is not that of the samples, it is `nn.Dropout`.
-    A layer that is called twice in a forward pass draws the same mask twice.
+    So it depends neither on the number of processes nor on the micro-batches, and a resumed run draws the same masks.
+    Without keys, or if the first dimension is not that of the samples, it is `nn.Dropout`. A layer that is called twice
+    in a forward pass draws the same mask twice.
     """
 
     keys: SampleKeys
@@ -142,7 +173,7 @@ class KeyedDropout(nn.Dropout):
 
 
 class KeyedDropout2d(nn.Dropout2d):
-    """Dropout of whole channels (Tompson et al. 2015), otherwise as `KeyedDropout`."""
+    """Dropout of whole channels (Tompson et al. 2015), otherwise like `KeyedDropout`."""
 
     keys: SampleKeys
     layer: int
@@ -172,9 +203,9 @@ _DRAWS = 1 << 31
 
 
 def _scramble(numbers: Any) -> Any:
-    """An integer hash to 31 bits, with the shifts and factors of C. Wellons' "lowbias32".
+    """Hash integers to 31 bits, with the shifts and factors of C. Wellons' "lowbias32".
 
-    In 31 bits no product leaves int64, so CPU and GPU give the same bits.
+    In 31 bits no product overflows int64, so CPU and GPU give the same bits.
     """
     mask = _DRAWS - 1
     numbers = numbers & mask
@@ -184,7 +215,7 @@ def _scramble(numbers: Any) -> Any:
 
 
 def convert_dropout(model: nn.Module) -> SampleKeys:
-    """Make every Dropout and Dropout2d a keyed one, in place; returns what their keys are set in."""
+    """Turn every Dropout and Dropout2d into a keyed one, in place; returns the object that holds their keys."""
     keys = SampleKeys()
     kinds = {nn.Dropout: KeyedDropout, nn.Dropout2d: KeyedDropout2d}
     for number, module in enumerate(m for m in model.modules() if type(m) in kinds):
@@ -194,7 +225,7 @@ def convert_dropout(model: nn.Module) -> SampleKeys:
 
 
 def bilinear_upsampling(channels: int, factor: int, padding: int = 0) -> nn.ConvTranspose2d:
-    """A trainable transposed convolution that starts as bilinear interpolation, channel by channel, without bias.
+    """A trainable transposed convolution, initialised as bilinear interpolation of each channel, without bias.
 
     Kernel 2·factor, stride `factor` (Long, Shelhamer, Darrell 2015, section 3.3). With padding factor / 2 the output is
     `factor` times as large, and away from the border equals `F.interpolate(mode="bilinear", align_corners=False)`.
@@ -215,7 +246,7 @@ class HalvingMaxPool(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_exporting():
-            # What no symbolic size proves by itself: the last window begins inside.
+            # A symbolic size does not prove by itself that the last window begins inside.
             for side in x.shape[-2:]:
                 torch._check(2 * ((side - 1) // 2) < side)
         return F.max_pool2d(x, 2, ceil_mode=True)
@@ -227,11 +258,11 @@ def crop(x: torch.Tensor, size: Sequence[int], offset: int = 0) -> torch.Tensor:
 
 
 class DoublingConv2d(nn.ConvTranspose2d):
-    """A 3×3 transposed convolution of stride 2, the way back from sizes that were halved and rounded up."""
+    """A 3×3 transposed convolution of stride 2, which restores sizes that were halved and rounded up."""
 
     constant_padding = False
-    """Compute the larger of both sizes and crop it, for program formats whose layers know no variable size. It gives
-    the same numbers but for rounding."""
+    """Compute the larger of both sizes and crop it, for export formats whose layers have no variable size. The numbers
+    are the same except for rounding."""
 
     def __init__(self, before: int, after: int, bias: bool = True) -> None:
         super().__init__(before, after, 3, stride=2, padding=1, bias=bias)
@@ -242,7 +273,7 @@ class DoublingConv2d(nn.ConvTranspose2d):
             return super().forward(x, size)
         extra = [1, 1]
         if not self.constant_padding:
-            # `forward` takes branches on it, which no symbolic size decides.
+            # `forward` branches on it, which a symbolic size cannot decide.
             extra = [wanted - (2 * side - 1) for wanted, side in zip(size, x.shape[-2:], strict=True)]
             for padding in extra:
                 torch._check(padding >= 0)
@@ -251,12 +282,19 @@ class DoublingConv2d(nn.ConvTranspose2d):
 
 
 class ResNetTrunk(nn.Module):
-    """The convolutional part of a torchvision ResNet, with torchvision's names: everything but `avgpool` and `fc`."""
+    """The convolutional part of a torchvision ResNet under torchvision's names: all but `avgpool` and `fc`."""
 
     def __init__(self, resnet: ResNet) -> None:
         super().__init__()
         for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             setattr(self, name, getattr(resnet, name))
+
+    @classmethod
+    def of(cls, name: str) -> ResNetTrunk:
+        """The trunk of torchvision's ResNet of this name, with fresh weights."""
+        from torchvision import models  # here, because other networks do not need it, and it takes as long as PyTorch
+
+        return cls(getattr(models, name)(weights=None))
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """images (N, 3, H, W) → [stem, layer1, …, layer4], at 1/4, 1/4, 1/8, 1/16 and 1/32 of the size, rounded up."""

@@ -13,7 +13,6 @@ import itertools
 
 import torch
 from torch import nn
-from torchvision.models import resnet18
 
 from fcn.models.layers import DoublingConv2d, ResNetTrunk, crop, init_he
 
@@ -43,7 +42,7 @@ class LinkNet(nn.Module):
 
     def __init__(self, num_classes: int, plain: bool) -> None:
         super().__init__()
-        self.encoder = PlainEncoder() if plain else ResNetTrunk(resnet18(weights=None))
+        self.encoder = PlainEncoder() if plain else ResNetTrunk.of("resnet18")
         first_stride = 2 if plain else 1
         self.decoders = nn.ModuleList(
             Decoder(before, after, stride, bias=plain)

@@ -32,7 +32,7 @@ IMPORTS: tuple[str, ...] = ()
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, devices: str = "") -> list[Any]:
-    """`function(world, *args)` on every rank of a fresh gloo group; the results in rank order, plain picklable data.
+    """`function(context, *args)` on every rank of a fresh gloo group; the results in rank order, plain picklable data.
 
     `devices` is CUDA_VISIBLE_DEVICES there: by default no GPU.
     """
@@ -56,7 +56,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, devices
 def _context() -> Any:
     """Processes of a server that imports once what all of them need, and forks before any thread is started."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["train_ddp", "fcn.__main__", "torch._dynamo", "matplotlib.backends.backend_agg"])
+    context.set_forkserver_preload(["train_ddp", "fcn.training.setup", "fcn.training.loop", "fcn.evaluation.predictions", "fcn.evaluation.export", "torch._dynamo", "matplotlib.backends.backend_agg"])
     return context
 
 

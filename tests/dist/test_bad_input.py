@@ -81,7 +81,7 @@ CONFIG_FAULTS = {
 
 
 ALIKE = ("mask of another size", "label above the classes", "weights of other classes")
-"""They take the ways of the others to the ranks; `tests/test_mistakes.py` has what is said of such."""
+"""They take the ways of the others to the ranks; `tests/commands/test_mistakes.py` has what is said of such."""
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fcn.checkpoint import load_checkpoint
+from fcn.checkpoints import load_checkpoint
+from tests.checkpoints.test_saver import mounted
 from tests.dist.test_run import assert_same_tensors, train
-from tests.test_saver import mounted
 
 CHANGES = {"eval__pictures": 0, "eval__every": 6, "train__steps": 6, "data__jitter": [0.2, 0.2, 0.2, 0.1]}
 

@@ -7,21 +7,21 @@ import torch
 from torch import nn
 
 from fcn import distributed
-from fcn.distributed import World
+from fcn.distributed import DistributedContext
 from tests.dist.ranks import run_ranks
 
 
-def gradient(world: World, wire_type: torch.dtype | None) -> list[np.ndarray]:
+def gradient(context: DistributedContext, comm_dtype: torch.dtype | None) -> list[np.ndarray]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1))
-    parallel = distributed.data_parallel(model, world, True, wire_type)
-    torch.manual_seed(world.rank)
+    parallel = distributed.data_parallel(model, context, True, comm_dtype)
+    torch.manual_seed(context.rank)
     parallel(torch.randn(2, 3, 9, 9)).square().sum().backward()
     return [parameter.grad.numpy() for parameter in model.parameters()]
 
 
 def test_compressed_gradients_are_the_sum_to_the_precision_of_bf16() -> None:
-    whole, compressed = (run_ranks(2, gradient, wire_type) for wire_type in (None, torch.bfloat16))
+    whole, compressed = (run_ranks(2, gradient, comm_dtype) for comm_dtype in (None, torch.bfloat16))
     for exact, found, other in zip(whole[0], *compressed, strict=True):
         assert found.dtype == np.float32
         assert np.array_equal(found, other), "every rank has the same"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fcn.checkpoint import load_checkpoint
+from fcn.checkpoints import load_checkpoint
 from tests.dist import ranks
 from tests.dist.ranks import Launched, free_port, started, wait_for_line
 from tests.dist.test_run import largest_difference, records

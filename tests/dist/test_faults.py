@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_ddp
-from fcn.checkpoint import load_checkpoint
+from tests.cli import train
+from fcn.checkpoints import load_checkpoint
 from fcn.data.shapes import write_shapes
-from fcn.distributed import World
+from fcn.distributed import DistributedContext
 from tests.dist.ranks import run, run_ranks
 from tests.dist.test_run import largest_difference, records
 
@@ -110,6 +110,8 @@ def test_too_many_in_a_row_end_every_rank_with_one_message(faulty, tmp_path: Pat
     assert line.count("0000") >= 12, "the images of the step are named"
     assert "Traceback" not in done.stderr.partition("error: ")[0]
     assert load_checkpoint(tmp_path / "run")["step"] == 4
+    assert (tmp_path / "run" / "log.txt").read_text().splitlines()[-1].endswith(line), "the log ends with it, too"
+    assert [f"error: {record['text']}" for record in records(tmp_path / "run", "failure")] == [line]
 
 
 def test_a_rank_without_valid_pixels_and_a_step_without_any(tiny, tmp_path: Path) -> None:
@@ -140,8 +142,8 @@ def test_a_rank_without_valid_pixels_and_a_step_without_any(tiny, tmp_path: Path
     assert largest_difference(results[0][1], results[1][1]) <= 1e-9
 
 
-def train_in_process(world: World, arguments: list[str]) -> int:
-    return train_ddp.main(arguments, world)
+def train_in_process(context: DistributedContext, arguments: list[str]) -> int:
+    return train(arguments, context)
 
 
 def test_broken_images_are_replaced_alike_on_any_number_of_processes(tiny, shapes_root: Path, tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from fcn.checkpoint import list_checkpoints, load_checkpoint, verify
+from fcn.checkpoints import list_checkpoints, load_checkpoint
+from fcn.checkpoints.folder import verify
+from tests.checkpoints.test_saver import mounted
 from tests.dist.ranks import started, wait_for_line
 from tests.dist.test_run import assert_same_tensors, records, train
-from tests.test_saver import mounted
 
 STEPS = 48
 CHANGES = {"train__steps": STEPS, "train__batch_size": 4, "eval__every": 24, "eval__pictures": 1}
@@ -110,6 +111,7 @@ def test_a_disk_that_stays_full_costs_the_steps_since_the_last_save(tiny, disk, 
             assert step_of(newest) < STEPS // 2, "what was being written when the disk filled, or the one before"
             last = folder / "checkpoints" / f"step_{STEPS:08d}.pt"
             assert f"warning: {last}: cannot be written ({FULL})" in shown
+            assert "warning: warning" not in shown
             assert f"the newest checkpoint is {newest}" in shown
             for what in (last, folder / "summary.json", folder / "metrics.jsonl"):
                 (line,) = (line for line in shown.splitlines() if f"but not saved: {what}" in line)

@@ -8,28 +8,27 @@ import numpy as np
 import torch
 
 from fcn.config import load_config
-from fcn.data.datasets import build_dataset
-from fcn.distributed import World
-from fcn.evaluation import evaluate
-from fcn.inference import predict
-from fcn.models import build_model
-from fcn.run import Numerics
+from fcn.data import build_dataset
+from fcn.distributed import DistributedContext
+from fcn.evaluation import Evaluator, evaluate_split
+from fcn.evaluation.inference import predict
+from fcn.models import Precision, build_model
 from tests.dist.ranks import CHECKOUT, run_ranks
 
 CPU = torch.device("cpu")
-NUMERICS = Numerics("fp32", True, CPU)
+PRECISION = Precision("fp32", True, CPU)
 
 
 def network() -> torch.nn.Module:
     torch.manual_seed(0)
-    return NUMERICS.place(build_model("unet", 7, width=2))
+    return PRECISION.place(build_model("unet", 7, width=2))
 
 
-def scores(world: World, root: str, batch_size: int) -> tuple[np.ndarray, list[int]]:
+def scores(context: DistributedContext, root: str, batch_size: int) -> tuple[np.ndarray, list[int]]:
     """mIoU of each image, and the images with the lowest."""
     overrides = [f"data.root={root}", f"eval.batch_size={batch_size}", "data.workers=0"]
     config = load_config(CHECKOUT / "configs" / "quickstart.yaml", overrides)
-    found = evaluate(network(), build_dataset(config.data, "val"), config, world, NUMERICS)
+    found = evaluate_split(Evaluator(network(), "val", build_dataset(config.data, "val"), config, PRECISION, context))
     return found.image_miou.numpy(), found.worst(4)
 
 
@@ -39,7 +38,7 @@ def by_hand(root: Path) -> np.ndarray:
     for index in range(len(dataset)):
         image, mask = (np.array(part) for part in dataset.read(index))
         with torch.inference_mode():
-            classes = predict(model, torch.from_numpy(image)[None], mask.shape, NUMERICS)[0].numpy()
+            classes = predict(model, torch.from_numpy(image)[None], mask.shape, PRECISION)[0].numpy()
         pairs = [(mask == label, (classes == label) & (mask != 255)) for label in range(7)]
         overlaps = [((a & b).sum(), (a | b).sum()) for a, b in pairs]
         found.append(np.mean([both / either for both, either in overlaps if either]))

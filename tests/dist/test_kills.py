@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_ddp
+from tests.cli import train
 from fcn import distributed
-from fcn.checkpoint import load_checkpoint
+from fcn.checkpoints import load_checkpoint
 from tests.dist.ranks import free_port
 from tests.dist.test_run import assert_same_tensors
 
@@ -35,7 +35,7 @@ def rank_main(rank: int, port: int, config: str) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(PROCESSES), OMP_NUM_THREADS="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
-    status = train_ddp.main(["--config", config], distributed.start(timeout_s=60))
+    status = train(["--config", config], distributed.start(timeout_s=60))
     distributed.barrier()
     distributed.stop()
     os._exit(status)
@@ -44,7 +44,7 @@ def rank_main(rank: int, port: int, config: str) -> None:
 def start(config: str) -> list:
     """Two real processes, forked from a server that has imported everything."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["fcn.engine", "train_ddp"])
+    context.set_forkserver_preload(["fcn.training.loop", "train_ddp"])
     port = free_port()
     ranks = [context.Process(target=rank_main, args=(rank, port, config)) for rank in range(PROCESSES)]
     for process in ranks:
@@ -61,10 +61,11 @@ def kill(ranks: list, first: int) -> None:
 
 
 def finished_lines(folder: Path) -> list[dict]:
-    """metrics.jsonl without a last line that a kill cut in half."""
+    """The steps and scores of metrics.jsonl, without a last line that a kill cut in half."""
     path = folder / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    records = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [record for record in records if record["event"] in ("train", "eval")]
 
 
 def is_saving(folder: Path) -> bool:

@@ -54,17 +54,21 @@ def test_a_stopped_rank_is_named(tiny) -> None:
         stopped = process.rank(1)
         os.kill(stopped, signal.SIGSTOP)
         line = wait_for_line(process, "error: ")[-1]
-        assert re.search(rf"error: rank 1 \(process {stopped} on .+\) gives no sign of life; it was in .+ for", line)
+        assert re.search(rf"error: rank 1 \(process {stopped} on .+\) sends no heartbeat; it was in .+ for", line)
         assert "[seen by rank 0]" in line
         os.kill(stopped, signal.SIGKILL)  # torchrun would do so after its 30 seconds
         assert process.wait(60) == 1
 
 
-def test_a_rank_that_sleeps_is_named_with_the_place(stubborn) -> None:
+def test_a_rank_that_sleeps_is_named_with_the_place(stubborn, tmp_path: Path) -> None:
     with started(2, "train_ddp.py", "--config", stubborn("hang", train__timeout=3)) as process:
         line = wait_for_line(process, "error: ")[-1]
-        assert re.search(r"error: rank 1 .+ did not come; it was in .*train_step \(engine\.py:\d+\) for [3-9] s", line)
         process.kill_all()
+    place = r"it was in timed_step > train_step > \w+ \(step\.py:\d+\) for [3-9] s"
+    assert re.search(rf"error: rank 1 .+ did not come; {place}", line)
+    assert (tmp_path / "run" / "log.txt").read_text().count(line.strip()) == 1, "the log has it, too"
+    (failure,) = records(tmp_path / "run", "failure")
+    assert f"error: {failure['text']}" == line.strip()
 
 
 def test_torchrun_restarts_a_group_whose_rank_failed(stubborn, tmp_path: Path) -> None:

@@ -21,15 +21,13 @@ from torchvision.models import resnet18
 from torchvision.models.segmentation.fcn import FCNHead
 
 from fcn import distributed, seeding
-from fcn.checkpoint import load_checkpoint
+from fcn.checkpoints import load_checkpoint
 from fcn.config import Loss
-from fcn.data.loaders import Batch, Step, Totals, count_labels
-from fcn.distributed import World
-from fcn.engine import Numerics, train_step
-from fcn.losses import build_loss
-from fcn.models import MODELS, build_model
-from fcn.models.custom import examine
-from fcn.models.layers import SampleKeys, convert_dropout, convert_sync_batchnorm
+from fcn.data import Batch, LabelCounts, TrainingBatch
+from fcn.data.loaders import count_labels
+from fcn.distributed import DistributedContext
+from fcn.models import MODELS, Precision, SampleKeys, build_model, convert_dropout, convert_sync_batchnorm, examine
+from fcn.training import TrainingState, build_loss, train_step
 from tests.dist.ranks import CHECKOUT, TIMEOUT_S, command, environment, run, run_ranks, started
 
 CLASSES = 4
@@ -37,7 +35,7 @@ CRITERION = build_loss(Loss(), CLASSES)
 HERE = "tests.dist.test_models"
 
 
-def make_step(images: int, side: int, rank: int, world_size: int) -> Step:
+def make_step(images: int, side: int, rank: int, world_size: int) -> TrainingBatch:
     """This rank's share of one global batch, the same whatever the number of ranks."""
     generator = torch.Generator().manual_seed(5)
     pixels = torch.randint(0, 256, (images, side, side, 3), generator=generator, dtype=torch.uint8)
@@ -49,7 +47,7 @@ def make_step(images: int, side: int, rank: int, world_size: int) -> Step:
     sizes = torch.full((share, 2), side)
     counts = count_labels(labels.numpy())
     batch = Batch(pixels[mine], labels[mine], sizes, torch.arange(images)[mine], keys[mine], counts[mine])
-    return Step(batch, False, Totals.of(counts), False, 0.0)
+    return TrainingBatch(batch, False, LabelCounts.of(counts), False, 0.0)
 
 
 # --- every network under DistributedDataParallel -------------------------------------------------------------------
@@ -76,25 +74,27 @@ def checksums(model: nn.Module) -> dict[str, int]:
     return {key: zlib.crc32(tensor.contiguous().numpy()) for key, tensor in model.state_dict().items()}
 
 
-def two_steps(world: World, name: str, options: dict, side: int) -> tuple[list[str], list[str], dict[str, int]]:
+def two_steps(context: DistributedContext, name: str, options: dict, side: int) -> tuple[list[str], list[str], dict[str, int]]:
     """(what was said, parameters that did not move, checksums of the state afterwards) of this rank."""
     torch.manual_seed(0)
-    numerics = Numerics("fp32", True, world.device)
+    precision = Precision("fp32", True, context.device)
     with everything_said() as said:
         model = build_model(name, CLASSES, **options)
         keys = convert_dropout(model)
-        model = numerics.place(convert_sync_batchnorm(model))
+        model = precision.place(convert_sync_batchnorm(model))
         if name not in MODELS:
-            said += examine(model, keys, CLASSES, (side, side), numerics.autocast(), sync_bn=True)
+            said += examine(model, keys, CLASSES, (side, side), precision.autocast(), sync_bn=True)
         before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
-        parallel = distributed.data_parallel(model, world, sync_bn=True)
+        parallel = distributed.data_parallel(model, context, sync_bn=True)
         parallel.train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        step = make_step(2 * world.size, side, world.rank, world.size)
+        step = make_step(2 * context.size, side, context.rank, context.size)
+        state = TrainingState(
+            model=model, network=parallel, optimizer=optimizer, criterion=CRITERION, precision=precision,
+            context=context, aux_weight=0.5, sample_keys=keys,
+        )  # fmt: skip
         for _ in range(2):
-            train_step(
-                parallel, step, CRITERION, optimizer, numerics.scaler(), numerics, micro_batch=None, grad_clip=None, aux_weight=0.5, sample_keys=keys,
-            )  # fmt: skip
+            train_step(state, step)
     still = [key for key, parameter in model.named_parameters() if torch.equal(parameter, before[key])]
     return said, still, checksums(model)
 
@@ -189,7 +189,7 @@ DROPPING = {
 
 
 def dropping_step(
-    world: World, name: str, options: dict, side: int, micro_batch: int | None
+    context: DistributedContext, name: str, options: dict, side: int, micro_batch: int | None
 ) -> tuple[float, list[np.ndarray], list[np.ndarray]]:
     """(loss, gradients, for every dropout layer the mask of each of this rank's images) of one step."""
     torch.manual_seed(0)
@@ -198,8 +198,8 @@ def dropping_step(
         if key.startswith("score"):  # they start at zero, which would hide every mask
             nn.init.normal_(parameter, std=0.1)
     keys = convert_dropout(model)
-    numerics = Numerics("fp64", True, world.device)
-    model = numerics.place(convert_sync_batchnorm(model))
+    precision = Precision("fp64", True, context.device)
+    model = precision.place(convert_sync_batchnorm(model))
     masks: dict[nn.Module, list[np.ndarray]] = {}
 
     def note(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -210,22 +210,22 @@ def dropping_step(
     for layer in model.modules():
         if isinstance(layer, nn.modules.dropout._DropoutNd):
             layer.register_forward_hook(note)
-    parallel = distributed.data_parallel(model, world, sync_bn=True)
+    parallel = distributed.data_parallel(model, context, sync_bn=True)
     parallel.train()
-    loss, _ = train_step(
-        parallel, make_step(IMAGES, side, world.rank, world.size), CRITERION,
-        torch.optim.SGD(model.parameters(), lr=0.0), numerics.scaler(), numerics, micro_batch=micro_batch,
-        grad_clip=None, aux_weight=0.5, sample_keys=keys,
+    state = TrainingState(
+        model=model, network=parallel, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), criterion=CRITERION,
+        precision=precision, context=context, micro_batch=micro_batch, aux_weight=0.5, sample_keys=keys,
     )  # fmt: skip
-    total = float(distributed.all_reduce_sum(loss))
+    result = train_step(state, make_step(IMAGES, side, context.rank, context.size))
+    total = float(distributed.all_reduce_sum(result.losses.sum()))
     gradients = [parameter.grad.contiguous().numpy() for parameter in model.parameters()]
     return total, gradients, [np.stack(images) for images in masks.values()]
 
 
 @pytest.fixture(scope="module")
 def on_one_process() -> dict[str, tuple]:
-    world = World(0, 1, 0, torch.device("cpu"), "python")
-    return {name: dropping_step(world, *network, None) for name, network in DROPPING.items()}
+    context = DistributedContext(0, 1, 0, torch.device("cpu"), "python")
+    return {name: dropping_step(context, *network, None) for name, network in DROPPING.items()}
 
 
 @pytest.mark.parametrize(
@@ -294,10 +294,10 @@ def tensors_of(rank: int) -> list[torch.Tensor]:
     ]
 
 
-def copy_and_look(world: World) -> list[tuple[list, tuple[int, ...], tuple[int, ...]]]:
-    tensors = tensors_of(world.rank)
+def copy_and_look(context: DistributedContext) -> list[tuple[list, tuple[int, ...], tuple[int, ...]]]:
+    tensors = tensors_of(context.rank)
     strides = [tensor.stride() for tensor in tensors]
-    distributed.copy_from_rank_0(tensors)
+    distributed.broadcast(tensors)
     return [(tensor.tolist(), before, tensor.stride()) for tensor, before in zip(tensors, strides, strict=True)]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fcn.checkpoint import load_checkpoint
+from fcn.checkpoints import load_checkpoint
 from tests.dist import ranks
 from tests.dist.ranks import Launched, started
 from tests.dist.test_elastic import wait_for
@@ -94,7 +94,7 @@ def test_a_cut_network_is_named_on_both_sides(
         assert not any(agent.family() for agent in agents), "nobody is left"
     first = [[line for line in output.splitlines() if line.startswith("error: ")] for output in outputs]
     assert first[0][0].startswith("error: rank 1 (process ")
-    assert "gives no sign of life; it was in " in first[0][0]
+    assert "sends no heartbeat; it was in " in first[0][0]
     assert first[1][0].startswith(f"error: {UNREACHABLE} (")
 
     machines.cable("up")

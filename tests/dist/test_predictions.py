@@ -9,10 +9,9 @@ import numpy as np
 from PIL import Image
 
 import train_ddp
-from fcn.__main__ import main
-from fcn.distributed import World
+from fcn.distributed import DistributedContext
+from tests.cli import ALONE, call
 from tests.dist.ranks import run_ranks
-from tests.test_predictions import ALONE
 
 
 def numpy_matrix(predictions: Path, masks: Path, classes: int) -> list[list[int]]:
@@ -28,12 +27,12 @@ def numpy_matrix(predictions: Path, masks: Path, classes: int) -> list[list[int]
     return counts.tolist()
 
 
-def command(world: World, arguments: list[str]) -> int:
-    return main(arguments, world)
+def command(context: DistributedContext, arguments: list[str]) -> int:
+    return call(arguments, context)
 
 
 def test_evaluate_counts_what_predict_writes(tiny, shapes_root: Path, tmp_path: Path) -> None:
-    assert train_ddp.main(["--config", tiny(train__steps=8, eval__pictures=0)], ALONE) == 0
+    assert train_ddp.main(["--config", tiny(train__steps=8, eval__pictures=0)]) == 0
     checkpoint = ("--checkpoint", str(tmp_path / "run"))
     names = (shapes_root / "ImageSets/Segmentation/val.txt").read_text().split()
     images = [str(shapes_root / f"JPEGImages/{name}.jpg") for name in names]
@@ -51,9 +50,9 @@ def test_evaluate_counts_what_predict_writes(tiny, shapes_root: Path, tmp_path: 
     assert run_ranks(2, command, evaluate) == [0] * 2
     assert run_ranks(3, command, ["predict", *checkpoint, "--output", str(tmp_path / "plain"), *images]) == [0] * 3
     check("plain", "native")
-    views = ["eval.scales=[0.8,1.3]", "eval.flip=true", "eval.window=[70,80]"]
-    main(["evaluate", *checkpoint, "--json", str(tmp_path / "views.json"), *views], ALONE)
-    settings = [text for view in views for text in ("--set", view)]
-    main(["predict", *checkpoint, "--output", str(tmp_path / "views"), *settings, *images], ALONE)
+    tta = ["eval.scales=[0.8,1.3]", "eval.flip=true", "eval.window=[70,80]"]
+    call(["evaluate", *checkpoint, "--json", str(tmp_path / "views.json"), *tta], ALONE)
+    settings = [text for view in tta for text in ("--set", view)]
+    call(["predict", *checkpoint, "--output", str(tmp_path / "views"), *settings, *images], ALONE)
     check("views", "native, scales 0.8 1.3, flip, window 70x80")
     assert matrices[0] != matrices[1]

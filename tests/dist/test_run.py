@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fcn.checkpoint import list_checkpoints, load_checkpoint
+from fcn.checkpoints import list_checkpoints, load_checkpoint
 from tests.dist.ranks import run, started, wait_for_line
 
 

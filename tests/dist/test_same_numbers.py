@@ -23,15 +23,15 @@ from benchmarks.same_numbers import (
     train,
 )
 from fcn import distributed
-from fcn.checkpoint import load_checkpoint
-from fcn.config import LOSS_OPTIONS, AddedLosses, Loss
-from fcn.distributed import World
-from fcn.engine import train_step
-from fcn.losses import build_loss
-from fcn.run import Numerics
+from fcn.checkpoints import load_checkpoint
+from fcn.config import Loss
+from fcn.config.keys import AddedLosses
+from fcn.distributed import DistributedContext
+from fcn.models import Precision
+from fcn.training import losses
+from fcn.training import TrainingState, build_loss, train_step
 from tests.dist.ranks import run, run_ranks, started, wait_for_line
 from tests.dist.test_run import assert_same_tensors
-
 
 WITHOUT_NORM = {"fcn32s", "fcn16s", "fcn8s", "fcn8s same", "fcn8_kitti", "unet without norm"}
 FAMILIES = ["fcn8s", "fcn_resnet50", "unet", "unet without norm", "linknet"]
@@ -60,31 +60,34 @@ def test_gradient_of_networks_is_the_same_and_that_of_plain_pytorch(processes, a
 
 
 LOSSES = {
-    **{name: Loss(name=name) for name in LOSS_OPTIONS},
+    **{name: Loss(name=name) for name in losses.LOSSES},
     "weights, smoothing, sum": Loss(
         name="ohem", add=AddedLosses(dice=0.5, lovasz=2.0, focal=1.0), weights=(1, 0.5, 0, 2, 3), label_smoothing=0.1
     ),
 }
 
 
-def loss_gradients(world: World, micro_batch: int | None) -> dict[str, list[torch.Tensor]]:
+def loss_gradients(context: DistributedContext, micro_batch: int | None) -> dict[str, list[torch.Tensor]]:
     """Label → [loss, gradient of each parameter] of one step on this rank's share of a fixed global batch."""
     found = {}
     for label, config in LOSSES.items():
         model = make_network("unet", {"width": 4, "norm": "none"})
-        loss, _ = train_step(
-            distributed.data_parallel(model, world, sync_bn=True), make_step(world), build_loss(config, CLASSES),
-            torch.optim.SGD(model.parameters(), lr=0.0), torch.amp.GradScaler("cpu", enabled=False),
-            Numerics("fp64", False, world.device), micro_batch=micro_batch, grad_clip=None,
+        state = TrainingState(
+            model=model, network=distributed.data_parallel(model, context, sync_bn=True),
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.0), criterion=build_loss(config, CLASSES),
+            precision=Precision("fp64", False, context.device), context=context, micro_batch=micro_batch,
         )  # fmt: skip
-        tensors = [distributed.all_reduce_sum(loss), *(parameter.grad for parameter in model.parameters())]
+        tensors = [
+            state.step_loss(train_step(state, make_step(context)).losses),
+            *(parameter.grad for parameter in model.parameters()),
+        ]
         found[label] = [tensor.numpy() for tensor in tensors]
     return found
 
 
 def test_gradient_of_every_loss_is_the_same() -> None:
     """One image is ignored entirely, one but for a pixel, and the others by very unequal parts."""
-    alone = loss_gradients(World(0, 1, 0, torch.device("cpu"), "python"), None)
+    alone = loss_gradients(DistributedContext(0, 1, 0, torch.device("cpu"), "python"), None)
     for processes, micro_batch in ((1, 5), (2, None), (3, 2)):
         found = run_ranks(processes, loss_gradients, micro_batch)[-1]
         for label, arrays in found.items():

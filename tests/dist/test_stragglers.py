@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fcn.stragglers import Watch, slowest
+from fcn.distributed import StragglerDetector, slowest
 from fcn.tracking import read_records
 from tests.dist import ranks
 
@@ -96,7 +96,7 @@ def test_the_others_are_the_median_of_all_but_the_slowest() -> None:
 
 
 def test_a_rank_is_named_once_for_as_long_as_it_is_slow() -> None:
-    watch = Watch(["a", "b"])
+    watch = StragglerDetector(["a", "b"])
     times = {"slow": [(1.0, 0.0), (2.0, 0.0)], "other": [(2.0, 0.0), (1.0, 0.0)], "equal": [(1.0, 0.0), (1.1, 0.0)]}
     course = ["slow", "slow", "equal", *["slow"] * 5, "other", "other", "other"]
     lines = [watch.notice(slowest(times[kind])) for kind in course]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fcn.distributed import World
-from fcn.models.layers import SyncBatchNorm2d, convert_sync_batchnorm
+from fcn.distributed import DistributedContext
+from fcn.models import SyncBatchNorm2d, convert_sync_batchnorm
 from tests.dist.ranks import run_ranks
 
 CHANNELS = 5
@@ -50,9 +50,9 @@ def train_twice(model: nn.Sequential, images: torch.Tensor, grads: torch.Tensor)
     }
 
 
-def one_rank(world: World, sizes: list[int], channels_last: bool) -> dict[str, list]:
+def one_rank(context: DistributedContext, sizes: list[int], channels_last: bool) -> dict[str, list]:
     images, grads = make_union(sizes, channels_last)
-    mine = slice(sum(sizes[: world.rank]), sum(sizes[: world.rank + 1]))
+    mine = slice(sum(sizes[: context.rank]), sum(sizes[: context.rank + 1]))
     model = convert_sync_batchnorm(make_norm())
     assert type(model[0]) is SyncBatchNorm2d
     return {key: value.tolist() for key, value in train_twice(model, images[mine], grads[mine]).items()}
@@ -77,9 +77,9 @@ def test_numbers_are_those_of_the_union_batch(sizes: list[int], channels_last: b
         assert rank["batches"] == 2
 
 
-def no_affine_rank(world: World, images: list) -> list:
+def no_affine_rank(context: DistributedContext, images: list) -> list:
     norm = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(2, affine=False)))
-    mine = torch.tensor(images)[world.rank :: world.size].requires_grad_()
+    mine = torch.tensor(images)[context.rank :: context.size].requires_grad_()
     output = norm(mine)
     output.pow(3).sum().backward()
     return [output.tolist(), mine.grad.tolist()]

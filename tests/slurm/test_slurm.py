@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from fcn.checkpoint import load_checkpoint
+from fcn.checkpoints import load_checkpoint
 from tests.dist.ranks import CHECKOUT, TIMEOUT_S, environment
 from tests.dist.test_run import assert_same_tensors, records, train
 

@@ -1,0 +1,20 @@
+"""Processes: who we are, and everything that crosses between us.
+
+The only room that imports `torch.distributed` or reads RANK and its like; it must never know what is trained.
+"""
+
+from fcn.lazy import door
+
+__getattr__, __all__ = door(
+    __name__,
+    collectives="all_gather all_gather_object all_reduce_sum all_reduce_sum_async barrier broadcast "
+    "raise_on_all_ranks run_on_all_ranks",
+    ddp="data_parallel no_sync",
+    diagnosis="Diagnosis",
+    environment="read_place report_failure wait_for_the_message",
+    heartbeat="Heartbeat HeartbeatRecord file_heartbeat read_heartbeats",
+    process_group="DistributedContext bound_waiting is_active is_communication_failure start stop",
+    shards="Shards block_of tree_sum",
+    signals="SIGNALS StopFlag",
+    stragglers="ComputeTimer StragglerDetector slowest",
+)

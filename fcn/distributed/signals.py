@@ -1,0 +1,57 @@
+"""Signals set a flag. Saving happens later, at a step boundary that all ranks agree on."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def leave_at_once(number: int) -> None:
+    """End this process and its loader workers immediately, with the exit status of a signal."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(128 + number)
+
+
+class StopFlag:
+    """`flag()` says whether a signal asked this process to save and leave. A second SIGINT leaves immediately.
+
+    So does a SIGTERM after a SIGINT, because torchrun turns the second Ctrl-C into one.
+    """
+
+    def __init__(self, leave: Callable[[int], None] = leave_at_once) -> None:
+        self.received: set[int] = set()
+        self.leave = leave
+        self.say: Callable[[str], None] = lambda text: None
+        """Tells the user about a signal."""
+
+    def __call__(self) -> bool:
+        return bool(self.received)
+
+    def listen(self) -> StopFlag:
+        """Receive signals in a thread, because a main thread that waits in a collective runs no Python handler."""
+        inbox, self._outbox = socket.socketpair()
+        self._outbox.setblocking(False)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._receive, args=(inbox,), name="signals", daemon=True).start()
+        return self
+
+    def _receive(self, inbox: socket.socket) -> None:
+        while numbers := inbox.recv(64):
+            for number in numbers:
+                if number in (signal.SIGINT, signal.SIGTERM) and signal.SIGINT in self.received:
+                    self.leave(number)
+                if number in SIGNALS:
+                    first = not self.received
+                    self.received.add(number)
+                    if first:
+                        again = "; again to leave immediately" if number == signal.SIGINT else ""
+                        self.say(f"{signal.Signals(number).name}: leaving after the next step, once it is saved{again}")

@@ -1,0 +1,17 @@
+"""What a run records and shows: metrics.jsonl, console, plots, Weights & Biases.
+
+Nothing here may stop a run or wait for another rank; only rank 0 records.
+"""
+
+from fcn.lazy import door
+
+__getattr__, __all__ = door(
+    __name__,
+    console="Console score_line score_table",
+    environment="environment_of versions",
+    metrics_file="MetricsFile record_failure",
+    records="Record event read_records read_summary resumed_steps rewind_metrics scores_name",
+    tracker="Sample Scores Tracker Trackers",
+    wandb_process="WandbStart credentials",
+    wandb_tracker="WandbTracker",
+)

@@ -1,0 +1,223 @@
+"""A run: what it consists of, and how it is saved and continued."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fcn import distributed, seeding
+from fcn.checkpoints import BackgroundSaver, checkpoint_path
+from fcn.config import Config, Train, config_changes, to_dict, total_steps
+from fcn.data import SegmentationDataset, TrainingBatch
+from fcn.distributed import DistributedContext, Shards, block_of
+from fcn.errors import InputError
+from fcn.models import (
+    DTYPES,
+    MODELS,
+    Precision,
+    build_model,
+    convert_dropout,
+    convert_shards,
+    convert_sync_batchnorm,
+    examine,
+    examine_shards,
+)
+from fcn.tracking import Record, versions
+from fcn.training.losses import build_loss
+from fcn.training.nonfinite import FP16_SEARCH, NonFiniteGuard
+from fcn.training.optim import WeightAverage, build_optimizer, learning_rate
+from fcn.training.state import TrainingState
+from fcn.training.step import accumulation
+
+
+class Run:
+    """A training run: its config, data, training state, and scores so far.
+
+    Args:
+        splits: the data sets by the names of their splits.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        context: DistributedContext,
+        state: TrainingState,
+        splits: dict[str, SegmentationDataset],
+    ) -> None:
+        self.config, self.context, self.state, self.splits = config, context, state, splits
+        self.train_split = splits[config.data.train]
+        self.steps = total_steps(config.train, len(self.train_split))
+        self.folder = Path(config.run_dir)
+        self.checkpoints = self.folder / "checkpoints"
+        self.replaced: tuple[str, ...] = ()
+        """What was wrong with each broken image that was replaced in the current epoch."""
+        self.best: Record | None = None
+        self.last_eval: Record | None = None
+        self.tracker_id = uuid.uuid4().hex[:8]
+
+    @property
+    def step(self) -> int:
+        """Finished steps."""
+        return self.state.step
+
+    def advance(self, batch: TrainingBatch) -> None:
+        """Count a finished step on this batch."""
+        self.state.step += 1
+        self.replaced += batch.replaced
+
+    def is_due(self, every: int, step: int | None = None) -> bool:
+        """Whether something that happens every `every` steps, and after the last one, is due after `step` steps."""
+        step = self.step if step is None else step
+        return step > 0 and (step % every == 0 or step == self.steps)
+
+    @property
+    def ends_an_epoch(self) -> bool:
+        """Whether the last finished step contained the last image of an epoch."""
+        size, batch = len(self.train_split), self.config.train.batch_size
+        return self.step * batch // size > (self.step - 1) * batch // size
+
+    def note_score(self, record: Record) -> bool:
+        """Remember an evaluation; returns whether it is the best one so far by `checkpoint.best`."""
+        metric = self.config.checkpoint.best
+        score, best = record[metric] or 0.0, (self.best or {}).get(metric)
+        self.last_eval = record
+        if best is not None and score <= best:
+            return False
+        self.best = {metric: score, "step": self.step}
+        return True
+
+    # --- saving and loading
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that determines the rest of the run, as plain data."""
+        classes = self.train_split.classes
+        return {
+            **self.state.state_dict(),
+            "replaced": list(self.replaced),
+            "best": self.best,
+            "last_eval": self.last_eval,
+            "tracker_id": self.tracker_id,
+            "config": to_dict(self.config),
+            "classes": list(classes.names),
+            "palette": [list(colour) for colour in classes.palette],
+            "train_images": len(self.train_split),
+            "world_size": self.context.size,
+            "versions": versions(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], source: Path) -> list[str]:
+        """Continue from a checkpoint's state; returns the config differences that are allowed.
+
+        Raises:
+            InputError: the checkpoint belongs to another run, or has no training state.
+        """
+        if "optimizer" not in state:
+            raise InputError(f"{source}: holds weights only; resume from a step_*.pt file")
+        fatal, harmless = config_changes(state["config"], to_dict(self.config))
+        if state["train_images"] != len(self.train_split):
+            fatal.append(f"images of the training split: {state['train_images']} → {len(self.train_split)}")
+        if fatal:
+            raise InputError(
+                f"{source}: this checkpoint belongs to another run: {'; '.join(fatal)}; "
+                f"set these keys back to resume, or give the new run its own run_dir"
+            )
+        self.state.load_state_dict(state)
+        self.replaced = tuple(state.get("replaced", ()))
+        self.best, self.last_eval = state["best"], state["last_eval"]
+        if source.parent == self.checkpoints:  # a run that starts from another run's checkpoint is tracked separately
+            self.tracker_id = state["tracker_id"]
+        return harmless
+
+    def save(self, saver: BackgroundSaver) -> None:
+        """Save the run. Rank 0 has everything that is needed."""
+        if self.context.rank == 0:
+            saver.save(checkpoint_path(self.checkpoints, self.step).name, self.state_dict())
+
+    def save_best(self, saver: BackgroundSaver) -> None:
+        """Save the scored weights as best.pt, without what only resuming needs."""
+        if self.context.rank == 0:
+            state = self.state_dict()
+            state = {key: value for key, value in state.items() if key not in ("optimizer", "scaler", "guard")}
+            state["model"] = state.pop("ema", state["model"])
+            saver.save("best.pt", state)
+
+
+def images_of_processes(train: Train, processes: int) -> list[int]:
+    """How many images of a global batch each process has."""
+    shards = train.shards or train.batch_size
+    return [len(block_of(rank, processes, shards)) * (train.batch_size // shards) for rank in range(processes)]
+
+
+def build_run(
+    config: Config, context: DistributedContext, splits: dict[str, SegmentationDataset]
+) -> tuple[Run, list[str]]:
+    """Build network, optimizer and loss; every rank gets the same weights from the seed.
+
+    Returns:
+        The run, and notes about a user's own network, one line each.
+
+    Raises:
+        InputError: on every rank, if the network cannot be built or `loss.weights` does not fit the classes.
+    """
+    train = config.train
+    _choose_kernels(config, context)
+    torch.manual_seed(seeding.derive(config.seed, "weights"))
+    train_split = splits[config.data.train]
+    classes = len(train_split.classes)
+    model = distributed.run_on_all_ranks(lambda: build_model(config.model.name, classes, **config.model.arguments()))
+    sample_keys = convert_dropout(model)
+    if train.sync_bn:
+        model = convert_sync_batchnorm(model)
+    precision = Precision.of(config, context.device)
+    model = precision.place(model)
+    notes = []
+    own, size = config.model.name not in MODELS, config.data.crop or (64, 64)
+    if own:
+        notes = distributed.run_on_all_ranks(
+            lambda: examine(model, sample_keys, classes, size, precision.autocast(), sync_bn=train.sync_bn)
+        )
+    shards = None
+    if train.shards:
+        shards = Shards(train.shards, context.rank, context.size, DTYPES.get(train.gradient_compression))
+        distributed.run_on_all_ranks(lambda: convert_shards(model, shards))
+        if own:
+            images = train.batch_size // train.shards
+            distributed.run_on_all_ranks(lambda: examine_shards(model, sample_keys, size, images, precision.autocast()))
+    micro_batch, offload = accumulation(model, train.micro_batch, max(images_of_processes(train, context.size)))
+    state = TrainingState(
+        model=model,
+        optimizer=build_optimizer(model, config.optim),
+        criterion=build_loss(config.loss, classes, context.device),
+        precision=precision,
+        context=context,
+        learning_rate=partial(learning_rate, steps=total_steps(train, len(train_split)), config=config.optim),
+        micro_batch=micro_batch,
+        offload=offload,
+        grad_clip=train.grad_clip,
+        aux_weight=config.loss.aux_weight,
+        shards=shards,
+        sample_keys=sample_keys,
+        nonfinite=NonFiniteGuard(
+            train.max_nonfinite + (FP16_SEARCH if train.precision == "fp16" else 0), context.device
+        ),
+        ema=WeightAverage(model, train.ema) if train.ema else None,
+        seed=config.seed,
+    )
+    return Run(config, context, state, splits), notes
+
+
+def _choose_kernels(config: Config, context: DistributedContext) -> None:
+    """Autotuned, deterministic where there are such, or with shards nothing else."""
+    train = config.train
+    fixed = train.deterministic or train.shards is not None
+    if fixed:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS has no deterministic kernels
+    torch.use_deterministic_algorithms(fixed, warn_only=train.shards is None)
+    torch.backends.cudnn.benchmark = config.data.crop is not None and not fixed
+    if train.shards and context.device.type == "cpu":
+        torch.set_num_threads(1)  # kernels divide sums among threads, and launchers give processes different numbers

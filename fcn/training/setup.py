@@ -1,0 +1,145 @@
+"""Prepare a run for its next step: data, console, checkpoint or fresh weights, trackers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from fcn import checkpoints, distributed
+from fcn.config import Config, save_config, to_dict
+from fcn.data import CachedDataset, SegmentationDataset, build_dataset, with_cache
+from fcn.errors import InputError
+from fcn.files import must_be_writable, replacing
+from fcn.tracking import (
+    Console,
+    MetricsFile,
+    Trackers,
+    WandbStart,
+    WandbTracker,
+    environment_of,
+    event,
+    read_records,
+    read_summary,
+    rewind_metrics,
+)
+from fcn.training.run import Run
+
+
+def open_splits(config: Config) -> dict[str, SegmentationDataset]:
+    """The data sets of the run by the names of their splits."""
+    names = [config.data.train, config.data.val, config.data.test]
+    splits = {name: build_dataset(config.data, name, config.loss.ignore_index) for name in names if name}
+    splits[config.data.train] = with_cache(splits[config.data.train], config)
+    return splits
+
+
+def open_console(run: Run) -> Console:
+    """Create the run directory; rank 0 writes to the terminal and log.txt, the others are silent."""
+    if run.context.rank != 0:
+        return Console.silent()
+    with must_be_writable(f"run_dir: {run.folder}"):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        return Console(log_file=run.folder / "log.txt")
+
+
+def start_or_resume(run: Run, console: Console) -> None:
+    """Rank 0 picks a checkpoint and all ranks load it. Without one the run starts, perhaps from pretrained weights."""
+    path = distributed.all_gather_object(distributed.run_on_all_ranks(lambda: _pick_checkpoint(run, console)))[0]
+    if path:
+        changes = distributed.run_on_all_ranks(
+            lambda: run.load_state_dict(checkpoints.load_checkpoint(path), Path(path))
+        )
+        console.line(f"resuming at step {run.step}/{run.steps} from {path}")
+        for change in changes:
+            console.line(f"changed since that checkpoint: {change}")
+        console.record(event("resume", step=run.step, checkpoint=path, changes=changes))
+    elif run.config.model.weights:
+        _load_pretrained(run, console)
+    distributed.run_on_all_ranks(lambda: _write_config(run))
+
+
+def _pick_checkpoint(run: Run, console: Console) -> str | None:
+    if run.context.rank != 0:
+        return None
+    if run.config.resume == "never":
+        if (run.folder / "config.yaml").exists():
+            raise InputError(
+                f"{run.folder}: resume=never, but a run is there; choose another run_dir or delete this one"
+            )
+        return None
+
+    def on_broken(path: Path, problem: str) -> None:
+        with must_be_writable(f"run_dir: {run.folder}"):
+            name = checkpoints.quarantine(path).name if problem.endswith(checkpoints.ALTERED) else path.name
+        console.warning(f"{path}: broken checkpoint ({problem}), left as {name}; trying the one before it")
+
+    newest = checkpoints.find_newest(run.checkpoints, on_broken)
+    if newest is None and run.config.resume != "auto":
+        return run.config.resume
+    return str(newest) if newest else None
+
+
+def _write_config(run: Run) -> None:
+    """Write config.yaml; the old file survives if the new one does not fit the disk."""
+    if run.context.rank == 0:
+        with must_be_writable(f"run_dir: {run.folder}"), replacing(run.folder / "config.yaml") as file:
+            save_config(run.config, Path(file.name))
+
+
+def _load_pretrained(run: Run, console: Console) -> None:
+    """Rank 0 reads, and if necessary downloads, pretrained weights for all."""
+    config, model, classes = run.config.model, run.state.model, len(run.train_split.classes)
+    lines = distributed.run_on_all_ranks(
+        lambda: (
+            checkpoints.load_pretrained(model, config.name, config.weights, classes) if run.context.rank == 0 else []
+        )
+    )
+    distributed.broadcast(model.state_dict().values())
+    for line in lines:
+        console.line(line)
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the run has nothing left to do; every rank gets the same answer."""
+    finished = run.step >= run.steps and read_summary(run.folder).get("status") == "finished"
+    return distributed.all_gather_object(finished)[0]
+
+
+def open_trackers(run: Run, console: Console) -> Trackers:
+    """The trackers of rank 0; the other ranks record nothing."""
+    trackers = Trackers(console.warning)
+    if run.context.rank == 0:
+        path, wandb = run.folder / "metrics.jsonl", run.config.wandb
+        with must_be_writable(f"run_dir: {run.folder}"):
+            rewind_metrics(path, run.step, run.config.data.test)
+        trackers.add(lambda: console)
+        trackers.add(lambda: MetricsFile(path, console.warning))
+        console.attach(trackers.log)
+        if wandb.mode != "disabled":
+            start = WandbStart(
+                **to_dict(wandb),
+                run_dir=run.folder,
+                run_id=run.tracker_id,
+                config=to_dict(run.config),
+                environment=environment_of(run.context),
+                records=read_records(path),
+                program=sys.argv[0],
+                trainer=os.getpid(),
+            )
+            trackers.add(lambda: WandbTracker(start, console.line, console.warning))
+    return trackers
+
+
+def describe_cache(run: Run, console: Console) -> None:
+    """Show where this node's cache is, and warn of problems on any node."""
+    if isinstance(run.train_split, CachedDataset):
+        console.line(run.train_split.describe())
+        for problem in dict.fromkeys(filter(None, distributed.all_gather_object(run.train_split.problem))):
+            console.warning(problem)
+
+
+def release_cache(run: Run) -> None:
+    """Free the memory of a finished run's cache."""
+    if isinstance(run.train_split, CachedDataset):
+        run.train_split.finished()
