@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -167,15 +167,20 @@ def examine_shards(
             nn.init.normal_(parameter, std=0.1, generator=None)
     before = {key: value.clone() for key, value in trial.state_dict().items()}
 
-    def compute(part: slice) -> tuple[dict[str, list[torch.Tensor]], dict[str, torch.Tensor]]:
-        """(outputs of each layer, by name, in the order of the calls; gradients), of some of the images."""
-        outputs: dict[str, list[torch.Tensor]] = {}
+    def compute(part: slice) -> tuple[dict[str, _Calls], dict[str, torch.Tensor]]:
+        """(calls of each layer, by name, those inside before what they are part of; gradients), of some images."""
+        calls: dict[str, _Calls] = {}
 
-        def note(name: str, output: Any) -> None:
+        def note(name: str, inputs: tuple, output: Any) -> None:
             found = output.values() if isinstance(output, Mapping) else [output]
-            outputs.setdefault(name, []).extend(x.detach().clone() for x in found if isinstance(x, torch.Tensor))
+            calls.setdefault(name, _Calls([], []))
+            for kept, values in zip(calls[name], (inputs, found), strict=True):
+                kept.extend(x.detach().clone() for x in values if isinstance(x, torch.Tensor) and x.ndim)
 
-        hooks = [m.register_forward_hook(lambda _, __, out, name=n: note(name, out)) for n, m in trial.named_modules()]
+        hooks = [
+            module.register_forward_hook(lambda _, inputs, output, name=name: note(name, inputs, output))
+            for name, module in trial.named_modules()
+        ]
         trial.zero_grad(set_to_none=True)
         torch.manual_seed(0)
         trial_keys.value = torch.arange(2 * images, device=first.device)[part]
@@ -187,7 +192,7 @@ def examine_shards(
         # A loss that differs from pixel to pixel and depends on no other one.
         losses = [(x.float() * x.detach().float().sin()).sum() for out in logits for x in shards.split(out)]
         torch.stack(losses).sum().backward()
-        return outputs, {n: p.grad.clone() for n, p in trial.named_parameters() if p.grad is not None}
+        return calls, {n: p.grad.clone() for n, p in trial.named_parameters() if p.grad is not None}
 
     with shards.computing(shards.block):
         together, gradients = compute(slice(None))
@@ -204,10 +209,10 @@ def examine_shards(
         sums.append(own)
         if shard == 0:
             changed = {key: value.clone() for key, value in trial.named_buffers()}
-    for name, whole in together.items():  # a layer before what it is part of
-        pairs = zip(alone[0].get(name, []), alone[1].get(name, []))
-        joined = [torch.cat(both) for both in pairs if both[0].ndim]
-        if len(joined) != len(whole) or not all(map(_same, joined, whole)):
+    nothing = _Calls([], [])
+    for name, whole in together.items():
+        one, other = alone[0].get(name, nothing), alone[1].get(name, nothing)
+        if _join(one.inputs, other.inputs, whole.inputs) and not _join(one.outputs, other.outputs, whole.outputs):
             title = _title(name, trial.get_submodule(name))
             raise InputError(_refusal(title, "gives other bits for a sample when others are beside it"))
     for name, gradient in gradients.items():
@@ -216,6 +221,18 @@ def examine_shards(
     for name, value in buffers.items():
         if not _same(changed[name], value):
             raise InputError(_refusal(f"the buffer {name}", "gets other bits"))
+
+
+class _Calls(NamedTuple):
+    inputs: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+
+
+def _join(one: list[torch.Tensor], other: list[torch.Tensor], whole: list[torch.Tensor]) -> bool:
+    """Whether the tensors of the two shards are the parts of those of both."""
+    return len(one) == len(other) == len(whole) and all(
+        _same(torch.cat(both), joined) for *both, joined in zip(one, other, whole, strict=True)
+    )
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
