@@ -263,6 +263,12 @@ def test_micro_batches_count_where_there_is_no_batchnorm(shapes_root):
     assert "host" in rows[0]
 
 
+def test_shards_bound_the_number_of_processes_not_the_shares(shapes_root):
+    _, lines = check(shapes_root, *SMALL, "train.batch_size=12", "train.shards=6")
+    assert [row[:2] for row in memory_rows(lines)] == [["1", "12"], ["2", "6"], ["4", "4"], ["8", "needs"]]
+    assert memory_rows(lines)[3] == ["8", "needs", "train.shards=8", "or", "more"]
+
+
 def test_whole_images_are_tried_at_the_worst_size(tmp_path):
     root = tmp_path
     (root / "images").mkdir()

@@ -665,6 +665,29 @@ def test_batch_that_the_processes_cannot_share_equally(load, problems, world_siz
     assert load(world_size=world_size, overrides=["train.uneven=true"]).train.batch_size == 12
 
 
+@pytest.mark.parametrize(("shards", "world_size"), [(1, 1), (6, 4), (12, 5), (12, 12)])
+def test_shards_are_shared_by_any_number_of_processes_up_to_theirs(load, shards, world_size):
+    train = load(world_size=world_size, overrides=[f"train.shards={shards}"]).train
+    assert (train.shards, train.uneven) == (shards, False)
+
+
+@pytest.mark.parametrize(
+    ("override", "world_size", "words"),
+    [
+        ("train.shards=5", 1, "train.shards: found 5, which does not divide train.batch_size=12; accepted: 1, 2, 3, 4"),
+        ("train.shards=24", 1, "train.shards: found 24, which does not divide train.batch_size=12"),
+        ("train.shards=4", 5, "train.shards: found 4 for 5 processes; accepted: 5 or more, or start at most 4"),
+        ("train.shards=0", 1, "train.shards: found 0; accepted: a whole number, 1 or more"),
+        ("train.micro_batch=2", 1, "train.micro_batch: found 2, less than the 3 images of a shard; accepted: 3 or"),
+        ("train.compile=true", 1, "train.compile: found true with train.shards"),
+    ],
+)
+def test_what_shards_do_not_go_with(problems, override, world_size, words):
+    text = GOOD.replace("steps: 400", "steps: 400\n  shards: 4")
+    found = problems(text, world_size=world_size, overrides=[override])
+    assert any(words in problem for problem in found), found
+
+
 def test_without_sync_bn_every_process_needs_an_image(problems):
     (problem,) = problems(GOOD.replace("steps: 400", "steps: 400\n  sync_bn: false\n  uneven: true"), world_size=13)
     assert "train.batch_size: found 12 for 13 processes without train.sync_bn" in problem

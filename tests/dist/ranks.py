@@ -27,6 +27,10 @@ from fcn import distributed
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 180
+PRELOADED = [
+    "train_ddp", "fcn.training.setup", "fcn.training.loop", "fcn.evaluation.predictions", "fcn.evaluation.export",
+    "torch._dynamo", "torch._inductor.config", "matplotlib.backends.backend_agg",
+]  # fmt: skip
 IMPORTS: tuple[str, ...] = ()
 """Folders with modules of a test, for the processes that it starts."""
 
@@ -56,7 +60,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, devices
 def _context() -> Any:
     """Processes of a server that imports once what all of them need, and forks before any thread is started."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["train_ddp", "fcn.training.setup", "fcn.training.loop", "fcn.evaluation.predictions", "fcn.evaluation.export", "torch._dynamo", "matplotlib.backends.backend_agg"])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 

@@ -24,9 +24,9 @@ from fcn.data import (
     train_loader,
 )
 from fcn.data.loaders import count_labels
-from fcn.distributed import DistributedContext
+from fcn.distributed import DistributedContext, Shards
 from fcn.evaluation.confusion_matrix import ConfusionMatrix
-from fcn.models import Precision, build_model, convert_sync_batchnorm
+from fcn.models import Precision, build_model, convert_dropout, convert_shards, convert_sync_batchnorm
 from fcn.training import TrainingState, Trial, build_loss, build_run, states, train_step
 from fcn.training.losses import LOSSES
 from fcn.training.nonfinite import NonFiniteGuard
@@ -151,6 +151,44 @@ def test_gradient_of_two_gloo_ranks_on_one_gpu(monkeypatch, precision: str, tole
         expected = torch.tensor(other, dtype=torch.float64)
         difference = (torch.tensor(one, dtype=torch.float64) - expected).norm()
         assert difference <= tolerance * expected.norm().clamp_min(1e-6)
+
+
+def sharded_rank(context: DistributedContext, precision: str, sync_bn: bool) -> dict[str, list]:
+    """Weights and statistics after three steps of a network with dropout, two of four shards on each of two ranks."""
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    shards = Shards(IMAGES, context.rank, context.size)
+    step, block = make_step(), shards.block
+    step = step._replace(local=Batch(*(tensor[block.start : block.stop] for tensor in step.local)))
+    precision = Precision(precision, True, context.device, one_by_one=True)
+    model = nn.Sequential(build_model("linknet", 8, weights=None), nn.Dropout(0.5), nn.Conv2d(8, CLASSES, 1))
+    keys = convert_dropout(model)
+    model = precision.place(convert_sync_batchnorm(model) if sync_bn else model)
+    convert_shards(model, shards)
+    state = TrainingState(
+        model=model, network=distributed.data_parallel(model, context, sync_bn, shards=shards),
+        optimizer=build_optimizer(model, Optim(name="sgd", lr=0.1)), criterion=CRITERION, precision=precision,
+        context=context, shards=shards, sample_keys=keys, grad_clip=0.5,
+    )  # fmt: skip
+    losses = [state.step_loss(train_step(state, step).losses).item() for _ in range(3)]
+    return {"losses": losses} | {key: value.flatten().tolist() for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+@pytest.mark.parametrize("sync_bn", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_shards_give_the_same_bits_on_two_ranks_of_one_gpu(monkeypatch, precision, sync_bn, backend) -> None:
+    """NCCL lets ranks share a GPU from version 2.30 on, if it is told to."""
+    if backend == "nccl" and torch.cuda.nccl.version() < (2, 30):
+        pytest.skip("needs NCCL 2.30")
+    settings = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "4"}
+    for name, value in {"FCN_BACKEND": backend, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **settings}.items():
+        monkeypatch.setenv(name, value)
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    alone, *shared = (
+        rank for size in (1, 2) for rank in run_ranks(size, sharded_rank, precision, sync_bn, devices=devices)
+    )
+    assert shared == [alone, alone]
 
 
 def test_what_waits_in_host_memory_gives_the_same_gradient_for_less_device_memory() -> None:

@@ -56,6 +56,11 @@ def test_what_runs_where(shapes_root: Path, tmp_path: Path) -> None:
     assert lines(run, ["a"], 3)["run"] == f"{tmp_path}, from step 7"
 
 
+def test_shards(shapes_root: Path, tmp_path: Path) -> None:
+    run = run_of(shapes_root, tmp_path, 1, "train.batch_size=12", "train.shards=6")
+    assert lines(run, ["a"], 4)["batch"].startswith("global batch 12 = 4 processes x 2 or 4 images, in 6 shards of 2")
+
+
 def test_whole_images_without_a_resize(shapes_root: Path, tmp_path: Path) -> None:
     run = run_of(shapes_root, tmp_path, 1, "data.crop=null", "data.scale=null")
     assert lines(run, ["a"], 1)["images"] == "train 24, val 10; whole, flip 0.5"
