@@ -53,7 +53,8 @@ def train(
             wait_for_line(process, f"step {turn * steps // len(processes)}/")
             process.kill_all()
         assert load_checkpoint(folder / "run")["step"] < steps
-    run(processes[-1], *command)
+    done = run(processes[-1], *command)
+    assert not done.stderr, done.stderr
     return fingerprints(folder / "run")
 
 

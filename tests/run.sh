@@ -10,6 +10,8 @@ cd "$checkout"
 
 ruff check .
 ruff format --check .
-# One pytest process per core, with one thread each. The tests of a file stay together.
+# One pytest process more than cores, at most nine, because tests often wait; one thread each. The tests of a file stay
+# together.
+workers=$(($(nproc) + 1))
 export OMP_NUM_THREADS=1
-exec python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest -n $((workers < 9 ? workers : 9)) --dist loadfile --no-loadscope-reorder "$@"

@@ -66,7 +66,7 @@ def _sum_gradients(exchange, bucket):  # no annotations: DistributedDataParallel
 
 
 class _TreeExchange:
-    """Adds the gradients of all shards along their tree: all to all, the tree on a piece, all gather.
+    """Adds the gradients of all shards along their tree: all to all, the tree on a piece, a broadcast of each piece.
 
     Each rank adds one piece of a bucket, for which it gets the sums of every rank's subtrees, and sends the result to
     all. With one subtree a rank that is what a ring's all-reduce sends: 2(W - 1)/W of the bucket.
@@ -116,14 +116,16 @@ class _TreeExchange:
             del job, rows, buffer, future
 
     def _rows(self, bucket: dist.GradBucket) -> torch.Tensor:
-        """A row for each subtree of this rank, each laid out as the bucket and filled up to equal pieces.
+        """A row for each subtree of this rank, laid out as the bucket; a single one may be the bucket's own memory.
 
         A gradient has its parameter's strides in the bucket, which `bucket.gradients()` does not say.
         """
         buffer = bucket.buffer()
-        length = -(-len(buffer) // self.size) * self.size
-        rows = buffer.new_zeros(len(self.subtrees[self.rank]), length, dtype=self.shards.comm_dtype or buffer.dtype)
-        rows[0, : len(buffer)] = buffer
+        first = buffer.to(self.shards.comm_dtype or buffer.dtype)[None]
+        further = len(self.subtrees[self.rank]) - 1
+        if not further:
+            return first
+        rows = torch.cat([first, first.new_zeros(further, len(buffer))])
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
             place = gradient.storage_offset() - buffer.storage_offset()
             for row, value in zip(rows[1:], self.shards.further_sums(parameter), strict=True):
@@ -131,23 +133,32 @@ class _TreeExchange:
         return rows
 
     def _exchange(self, rows: torch.Tensor, buffer: torch.Tensor) -> None:
-        piece = rows.shape[1] // self.size
-        sent = rows.view(len(rows), self.size, piece).transpose(0, 1).flatten()  # by destination
-        if sent.is_cuda and self.stream is None:  # gloo carries no GPU tensors all to all
-            sent = sent.cpu()
+        if rows.is_cuda and self.stream is None:  # gloo carries no GPU tensors all to all
+            rows = rows.cpu()
+        pieces = rows[0].tensor_split(self.size)
+        mine = pieces[self.rank]
+        # By destination, and there by subtree.
+        sent = torch.cat([part.flatten() for part in rows.tensor_split(self.size, 1)]) if len(rows) > 1 else rows[0]
         counts = [len(ranges) for ranges in self.subtrees]
-        received = sent.new_empty(sum(counts), piece)
-        out = [count * piece for count in counts]
+        received = sent.new_empty(sum(counts), len(mine))
         dist.all_to_all_single(
-            _bytes(received.flatten()), _bytes(sent), _byte_counts(out, sent),
-            _byte_counts([len(rows) * piece] * self.size, sent), group=self.group,
+            _bytes(received.flatten()), _bytes(sent), _byte_counts([count * len(mine) for count in counts], sent),
+            _byte_counts([len(rows) * len(piece) for piece in pieces], sent), group=self.group,
         )  # fmt: skip
         tree = TreeSum(self.shards.count)
         for shards, value in zip([one for ranges in self.subtrees for one in ranges], received, strict=True):
             tree.push(shards, value)
-        total = sent.new_empty(self.size, piece)
-        dist.all_gather([_bytes(row) for row in total], _bytes(tree.nodes[0][1].contiguous()), group=self.group)
-        buffer.copy_(total.flatten()[: len(buffer)])
+        mine.copy_(tree.nodes[0][1])
+        # In place. An all-gather of gloo would copy everything twice.
+        works = [
+            dist.broadcast(_bytes(piece), rank, self.group, async_op=True)
+            for rank, piece in enumerate(pieces)
+            if len(piece)
+        ]
+        for work in works:
+            work.wait()
+        if rows.data_ptr() != buffer.data_ptr():
+            buffer.copy_(rows[0])
 
 
 def _sum_along_the_tree(exchange, bucket):

@@ -110,7 +110,8 @@ class Shards:
         assert self.now is not None
         if tensor.ndim == 0 or len(tensor) % len(self.now):
             raise ValueError(f"{tuple(tensor.shape)} cannot be split into {len(self.now)} shards")
-        return tensor.tensor_split(len(self.now))
+        # `split` gathers the parts' gradients once; `tensor_split` would fill a whole tensor for each.
+        return (tensor,) if len(self.now) == 1 else tensor.split(len(tensor) // len(self.now))
 
     def copies(self, parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """One view of a parameter for each shard; its gradient is the sum of theirs, along the tree.
@@ -148,6 +149,8 @@ class Shards:
         if shards.stop < self.block.stop:
             return None
         _, first = tree.nodes.pop(0)  # for autograd alone, which then needs no copy
+        if first.stride() != parameter.stride():  # of 1x1 kernels; DistributedDataParallel would warn
+            first = first.new_empty_strided(parameter.shape, parameter.stride()).copy_(first)
         return first.to(parameter.dtype)
 
 

@@ -218,6 +218,7 @@ def _choose_kernels(config: Config, context: DistributedContext) -> None:
     if fixed:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS has no deterministic kernels
     torch.use_deterministic_algorithms(fixed, warn_only=train.shards is None)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it, and filling costs a seventh
     torch.backends.cudnn.benchmark = config.data.crop is not None and not fixed
     if train.shards and context.device.type == "cpu":
         torch.set_num_threads(1)  # kernels divide sums among threads, and launchers give processes different numbers

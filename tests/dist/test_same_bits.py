@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.same_bits import NETWORKS, SHARDS, fingerprints, train
-from fcn.checkpoints import load_checkpoint
+from fcn.checkpoints import load_checkpoint, save_checkpoint
 from tests.dist.ranks import run
 
 STEPS = 6
@@ -149,6 +149,6 @@ def test_fingerprints_see_one_bit(tiny, tmp_path):
     state = torch.load(path, weights_only=True)
     weight = next(value for value in state["ema"].values() if value.ndim == 1)
     weight[:1].view(torch.int64).bitwise_xor_(1)
-    torch.save(state, path)
+    save_checkpoint(path, state)
     after = fingerprints(tmp_path / "run")
     assert {kind for kind in before if before[kind] != after[kind]} == {"average"}
