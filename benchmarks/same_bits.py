@@ -26,7 +26,7 @@ from fcn.checkpoints import load_checkpoint
 from fcn.data.shapes import write_shapes
 from tests.dist.ranks import run, started, wait_for_line
 
-SHARDS = 12
+SHARDS, TIMEOUT_S = 12, 1800
 NETWORKS = {
     "unet": [],
     "linknet": ["model.name=linknet", "model.norm=null", "model.width=null"],
@@ -49,11 +49,11 @@ def train(
     """Fingerprints of a run on so many processes; on several numbers, one after another, each but the last killed."""
     command = arguments(folder, data, precision, steps, overrides)
     for turn, size in enumerate(processes[:-1], start=1):
-        with started(size, *command) as process:
+        with started(size, *command, timeout_s=TIMEOUT_S) as process:
             wait_for_line(process, f"step {turn * steps // len(processes)}/")
             process.kill_all()
         assert load_checkpoint(folder / "run")["step"] < steps
-    done = run(processes[-1], *command)
+    done = run(processes[-1], *command, timeout_s=TIMEOUT_S)
     assert not done.stderr, done.stderr
     return fingerprints(folder / "run")
 

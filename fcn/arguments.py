@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from fcn.errors import InputError
@@ -13,6 +14,17 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As usual, but overrides may stand anywhere, before and after options."""
+        found, rest = self.parse_known_args(args, namespace)
+        overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+        unknown = [word for word in rest if word not in overrides or not hasattr(found, "overrides")]
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if overrides:
+            found.overrides = [*found.overrides, *overrides]
+        return found
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{self.prog}: {message}; see {self.prog} --help")
@@ -31,6 +43,8 @@ class Parser(argparse.ArgumentParser):
     def add_checkpoint(self) -> None:
         text = "a .pt file, or a run directory for its newest checkpoint"
         self.add_argument("--checkpoint", required=True, metavar="FILE|RUN_DIR", help=text)
+        text = "let the checkpoint run code of your own that its config names, such as mynet:build; may be repeated"
+        self.add_argument("--trust-code", action="append", default=[], metavar="MODULE:NAME", help=text)
 
     def add_run_dir(self) -> None:
         self.add_argument("run_dir", metavar="RUN_DIR", help="directory that training wrote")

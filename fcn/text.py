@@ -17,6 +17,13 @@ def plural(number: int, what: str, many: str | None = None) -> str:
     return f"{number or 'no'} {what if number == 1 else many or what + 's'}"
 
 
+def printable(text: str) -> str:
+    """Text that may come from a file, for a terminal: characters that control one are spelled out, as in `\\x1b`."""
+    return "".join(
+        x if x.isprintable() or x == "\n" else x.encode("unicode_escape", "surrogatepass").decode() for x in text
+    )
+
+
 def table(rows: Sequence[Sequence[str]], right: bool = False, width: int | None = None) -> str:
     """Cells in columns, two spaces apart.
 

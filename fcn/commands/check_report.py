@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from fcn.commands.runner import say
 from fcn.config import PRETRAINED, Config
 from fcn.data import (
     IGNORE_INDEX,
@@ -57,29 +58,29 @@ def check_config(config: Config, source: str, context: DistributedContext, *, he
     warnings = [warning for report in reports for warning in report.warnings]
     leaks, copies = repeated_images(reports)
     faults, warnings = faults + leaks, warnings + copies
-    print(f"{source}: {config.data.name} in {config.data.root}\n")
-    print(split_table(reports))
+    say(f"{source}: {config.data.name} in {config.data.root}\n")
+    say(split_table(reports))
     warnings += advice(config, reports)
     opened = next((report.dataset for report in reports if report.dataset), None)
     if opened:
-        print("\nPixels of each class, and their share of the labelled ones:\n")
-        print(histogram(reports, opened.classes.names))
+        say("\nPixels of each class, and their share of the labelled ones:\n")
+        say(histogram(reports, opened.classes.names))
     print()
     train = reports[0]
     if train.sizes:
         try:
             for line in model_report(config, context, train, warnings):
-                print(line)
+                say(line)
         except InputError as error:
             faults.append(str(error))
     else:
-        print(f"The network was not tried: no image of the split '{train.split}' can be read.")
+        say(f"The network was not tried: no image of the split '{train.split}' can be read.")
     faults, warnings = list(dict.fromkeys(faults)), list(dict.fromkeys(warnings))
     print()
     for kind, lines in (("warning", warnings), ("fault", faults)):
         for line in lines:
-            print(f"{kind}: {' '.join(line.splitlines())}")
-    print(f"{plural(len(faults), 'fault')}, {plural(len(warnings), 'warning')}")
+            say(f"{kind}: {' '.join(line.splitlines())}")
+    say(f"{plural(len(faults), 'fault')}, {plural(len(warnings), 'warning')}")
     return faults
 
 

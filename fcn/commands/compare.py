@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fcn import reports
 from fcn.arguments import Parser
-from fcn.commands.runner import run_on_rank_0
+from fcn.commands.runner import run_on_rank_0, say
 
 HELP = "runs side by side"
 DESCRIPTION = """Put runs side by side: where their configs differ, how far they are, what they score.
@@ -27,5 +27,5 @@ def run(args: argparse.Namespace) -> int:
 
 def compare(args: argparse.Namespace) -> int:
     """Print a table with a column for each run."""
-    print(reports.compare_runs([Path(folder) for folder in args.runs]))
+    say(reports.compare_runs([Path(folder) for folder in args.runs]))
     return 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fcn import data, distributed, evaluation, tracking
 from fcn.arguments import Parser
-from fcn.commands.runner import run_on_ranks
+from fcn.commands.runner import run_on_ranks, say
 from fcn.errors import InputError
 from fcn.files import must_be_writable, write_atomically
 
@@ -48,7 +48,9 @@ def evaluate(args: argparse.Namespace, context: DistributedContext) -> int:
     else:
         distributed.run_on_all_ranks(lambda: None)
     trained = distributed.run_on_all_ranks(
-        lambda: evaluation.load_trained(args.checkpoint, args.overrides, context.device)
+        lambda: evaluation.load_trained(
+            args.checkpoint, args.overrides, context.device, args.trust_code, with_data=True
+        )
     )
     config, names = trained.config, trained.classes.names
     split = args.split or config.data.val
@@ -62,8 +64,8 @@ def evaluate(args: argparse.Namespace, context: DistributedContext) -> int:
     )
     if context.rank == 0:
         record = {"step": trained.step, **found.record()}
-        print(tracking.score_table(record))
-        print(tracking.score_line(record))
+        say(tracking.score_table(record))
+        say(tracking.score_line(record))
         if args.json:
             result = {**record, "checkpoint": args.checkpoint, "confusion_matrix": found.matrix.counts.tolist()}
             write_atomically(Path(args.json), json.dumps(result, indent=1) + "\n")

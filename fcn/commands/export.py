@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fcn import evaluation
 from fcn.arguments import Parser
-from fcn.commands.runner import run_on_ranks
+from fcn.commands.runner import run_on_ranks, say
 from fcn.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,5 +42,6 @@ def export(args: argparse.Namespace, context: DistributedContext) -> int:
     """Write the file and say what it is."""
     if context.size > 1:
         raise InputError(f"found {context.size} processes; export needs one: python -m fcn export …")
-    print(evaluation.export_checkpoint(args.checkpoint, Path(args.output), logits=args.logits, force=args.force))
+    output, options = Path(args.output), {"logits": args.logits, "force": args.force}
+    say(evaluation.export_checkpoint(args.checkpoint, output, **options, trusted=args.trust_code))
     return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fcn import data, distributed, evaluation
 from fcn.arguments import Parser
-from fcn.commands.runner import run_on_ranks
+from fcn.commands.runner import run_on_ranks, say
 from fcn.config import protocol
 from fcn.errors import InputError
 
@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
 
 def predict(args: argparse.Namespace, context: DistributedContext) -> int:
     """Build the checkpoint's network, find the images, write the predictions."""
-    trained = distributed.run_on_all_ranks(lambda: evaluation.load_trained(args.checkpoint, args.set, context.device))
+    trained = distributed.run_on_all_ranks(
+        lambda: evaluation.load_trained(args.checkpoint, args.set, context.device, args.trust_code)
+    )
 
     def find() -> list[evaluation.Files]:
         return evaluation.plan_files(
@@ -72,7 +74,7 @@ def predict(args: argparse.Namespace, context: DistributedContext) -> int:
     predicted, faults = evaluation.predict_files(trained, files, context)
     if context.rank == 0:
         how = protocol(replace(trained.config.eval, preset="native"), None)
-        print(f"{predicted} of {len(files)} images predicted into {args.output} ({how})")
+        say(f"{predicted} of {len(files)} images predicted into {args.output} ({how})")
     if faults:
         raise InputError("\n".join(faults))
     return 0

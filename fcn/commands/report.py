@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fcn import reports
 from fcn.arguments import Parser
-from fcn.commands.runner import run_on_rank_0
+from fcn.commands.runner import run_on_rank_0, say
 from fcn.files import must_be_writable
 
 HELP = "a live or dead run on one page"
@@ -32,5 +32,5 @@ def run(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     """Write the page and print its path."""
     with must_be_writable(args.run_dir):
-        print(reports.write_report(Path(args.run_dir)))
+        say(reports.write_report(Path(args.run_dir)))
     return 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fcn import distributed
 from fcn.arguments import Parser
 from fcn.errors import InputError
+from fcn.text import printable
 
 if TYPE_CHECKING:
     from fcn.distributed import DistributedContext
@@ -85,8 +86,14 @@ def run_on_rank_0(main: Callable[[argparse.Namespace], int], args: argparse.Name
     return main(args) if distributed.read_place(os.environ).rank == 0 else 0
 
 
+def say(text: object) -> None:
+    """Print the result of a command, which may contain text from foreign files."""
+    print(printable(str(text)))
+
+
 def _say(message: str) -> None:
-    print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr, flush=True)
+    lines = (f"error: {printable(line)}" for line in message.splitlines())
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def _record(args: argparse.Namespace, message: str) -> None:

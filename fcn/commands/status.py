@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fcn import reports
 from fcn.arguments import Parser
-from fcn.commands.runner import run_on_rank_0
+from fcn.commands.runner import run_on_rank_0, say
 
 HELP = "what a live or dead run is doing"
 DESCRIPTION = """Say what a run is doing, live or dead. Reads its directory and changes nothing there.
@@ -32,5 +32,5 @@ def run(args: argparse.Namespace) -> int:
 def status(args: argparse.Namespace) -> int:
     """Print the status of a run; 0 if all is well, else 1."""
     text, well = reports.run_status(Path(args.run_dir))
-    print(text)
+    say(text)
     return 0 if well else 1

@@ -5,11 +5,34 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from fcn.errors import InputError
+
+TRUST_OPTION = "--trust-code"
+
+
+def refuse_foreign_code(named: Mapping[str, str], source: str, trusted: Collection[str]) -> None:
+    """Refuse what a file names as the user's own code, unless the person at the keyboard has named it, too.
+
+    Args:
+        named: config key → what it names: an import path, or a network or data set of fcn.
+        source: the file, for the message.
+        trusted: import paths that the person gave.
+
+    Raises:
+        InputError: something else would be imported.
+    """
+    foreign = {key: name for key, name in named.items() if ":" in name and name not in trusted}
+    if foreign:
+        found = " and ".join(f"{key}={name}" for key, name in foreign.items())
+        allow = " ".join(f"{TRUST_OPTION} {name}" for name in dict.fromkeys(foreign.values()))
+        raise InputError(
+            f"{source}: asks to run code that you have not named, {found}; nothing was imported. If you trust it, add "
+            f"{allow}"
+        )
 
 
 def call_by_path(

@@ -53,6 +53,32 @@ def save_config(config: Config, path: Path) -> None:
     )
 
 
+class _SavedLoader(yaml.SafeLoader):
+    """For a config.yaml of anybody's: without aliases, a few of which would multiply to more than the memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("found an alias, which training does not write")
+        return super().compose_node(parent, index)
+
+
+def read_saved_config(path: Path) -> dict[str, Any]:
+    """Dotted key → value of what `save_config` wrote, by whatever version of this program.
+
+    Raises:
+        InputError: the file cannot be read, or is no config.
+        FileNotFoundError: there is none.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _SavedLoader)
+        return {str(key): value for key, value in flatten(tree).items()}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: cannot be read ({reason}); give a directory that training wrote") from None
+
+
 MAY_CHANGE = (
     "run_dir", "resume", "data.root", "data.val", "data.test", "data.resize", "data.workers", "data.cache",
     "data.cache_dir", "data.on_error",

@@ -97,7 +97,7 @@ def tree_from_dict(values: Mapping[str, Any], source: str) -> Section:
 
 
 def apply_override(tree: Section, override: str, problems: list[str]) -> None:
-    """Set one leaf of the tree from `section.key=YAML`; a mapping changes only the keys it names."""
+    """Set one leaf or section of the tree from `section.key=YAML`, in place of what was there."""
     name, equals, text = override.partition("=")
     where = f"command line: {override!r}"
     if not equals or not name.strip():
@@ -112,10 +112,7 @@ def apply_override(tree: Section, override: str, problems: list[str]) -> None:
         if not isinstance(tree.get(section), Section):
             tree[section] = Section(where)
         tree = tree[section]
-    if isinstance(value, Section) and isinstance(tree.get(last), Section):
-        tree[last].update(value)
-    else:
-        tree[last] = value
+    tree[last] = value
 
 
 def _parse(text: str, source: str, prefix: str, problems: list[str], numbered: bool = True) -> Section | _Leaf | None:

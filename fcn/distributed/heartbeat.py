@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -134,7 +135,7 @@ def file_heartbeat(folder: Path, context: DistributedContext, started: float, st
         steps: the run's length.
     """
     folder = folder / "heartbeat"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a file of somebody else's
         folder.mkdir(parents=True, exist_ok=True)
         if context.rank == 0:
             for path in folder.glob("rank_*.json"):  # of a start with more ranks
@@ -151,12 +152,21 @@ def file_heartbeat(folder: Path, context: DistributedContext, started: float, st
     return heartbeat
 
 
+def _fits(record: HeartbeatRecord) -> bool:
+    """Whether the fields hold what they should: the file may be foreign."""
+    kinds = typing.get_type_hints(HeartbeatRecord)
+    accepted = {float: int | float, float | None: int | float | None}  # JSON may write 3 for 3.0
+    fitting = (isinstance(value, accepted.get(kinds[key], kinds[key])) for key, value in record._asdict().items())
+    return all(fitting) and all(0 <= value < 1e12 for value in record if isinstance(value, int | float))
+
+
 def read_heartbeats(folder: Path) -> list[HeartbeatRecord]:
     """The newest start's records in a run's directory, by rank; files that cannot be read are left out."""
     found = []
     for path in sorted((folder / "heartbeat").glob("rank_*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            found.append(HeartbeatRecord(**json.loads(path.read_text(encoding="utf-8"))))
+            record = HeartbeatRecord(**json.loads(path.read_text(encoding="utf-8")))
+            found += [record] if _fits(record) else []
     newest = max((record.started for record in found), default=0.0)
     return [record for record in found if record.started == newest]
 

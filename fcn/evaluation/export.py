@@ -11,7 +11,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Segmenter(nn.Module):
         return logits if self.logits else logits.argmax(dim=1).to(torch.uint8)
 
 
-def export_checkpoint(checkpoint: str, output: Path, *, logits: bool, force: bool) -> str:
+def export_checkpoint(checkpoint: str, output: Path, *, logits: bool, force: bool, trusted: Sequence[str] = ()) -> str:
     """Write the network of a checkpoint as a program, and compare the file's results with the network's.
 
     Args:
@@ -68,6 +68,7 @@ def export_checkpoint(checkpoint: str, output: Path, *, logits: bool, force: boo
         output: `.pt2` or `.onnx`; it gets its name only after the comparison.
         logits: the program returns logits (N, C, H, W) instead of classes.
         force: overwrite an existing file.
+        trusted: import paths of code that the checkpoint may run.
 
     Returns:
         A description of what was written and compared.
@@ -77,7 +78,7 @@ def export_checkpoint(checkpoint: str, output: Path, *, logits: bool, force: boo
             network behaves differently as a program.
     """
     _check_output(output, force)
-    trained = load_trained(checkpoint, [], torch.device("cpu"))
+    trained = load_trained(checkpoint, [], torch.device("cpu"), trusted)
     segmenter = Segmenter(trained, logits).eval()
     information = describe(trained, logits)
     write, read = (_pt2, _read_pt2) if output.suffix == ".pt2" else (_onnx, _read_onnx)

@@ -5,6 +5,7 @@ Shapes: images (N, H, W, 3) uint8; inputs (N, 3, H, W); logits and scores (N, C,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from fcn.checkpoints import load_checkpoint
-from fcn.config import Config, Eval, config_from_dict
+from fcn.config import Config, Eval, config_from_dict, refuse_foreign_code
 from fcn.data import Classes
 from fcn.errors import InputError
 from fcn.models import Precision, build_model
@@ -140,17 +141,27 @@ class Trained:
     """Finished steps."""
 
 
-def load_trained(path: str | Path, overrides: list[str], device: torch.device) -> Trained:
+def load_trained(
+    path: str | Path, overrides: list[str], device: torch.device, trusted: Sequence[str] = (), with_data: bool = False
+) -> Trained:
     """Build the network of a checkpoint file, or of a run directory's newest one, with its averaged weights if any.
 
     Needs neither the data set nor any module except the one that defines a user's own network.
 
+    Args:
+        overrides: KEY=VALUE, from the person at the keyboard.
+        trusted: import paths of code that the checkpoint may run; so may what `overrides` name.
+        with_data: the data set of the config will be opened, too.
+
     Raises:
-        InputError: the checkpoint cannot be used, or `overrides` describe another network.
+        InputError: the checkpoint cannot be used, asks for other code, or `overrides` describe another network.
     """
     state = load_checkpoint(path)
     # Nothing is trained, so the batch size of the training run fits any number of processes.
     config = config_from_dict(state["config"], str(path), overrides)
+    named = {"model.name": config.model.name} | ({"data.name": config.data.name} if with_data else {})
+    typed = [override.partition("=")[2].strip() for override in overrides]
+    refuse_foreign_code(named, str(path), [*trusted, *typed])
     classes = Classes(tuple(state["classes"]), tuple(tuple(colour) for colour in state["palette"]))
     precision = Precision.of(config, device)
     model = precision.place(build_model(config.model.name, len(classes), **config.model.arguments()))

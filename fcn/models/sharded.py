@@ -164,7 +164,7 @@ def examine_shards(
     # Weights that are zero, such as those of FCN's score layers, would hide what comes before them.
     for parameter in trial.parameters():
         if parameter.requires_grad and not parameter.any():
-            nn.init.normal_(parameter, std=0.1, generator=None)
+            nn.init.normal_(parameter, std=0.1)
     before = {key: value.clone() for key, value in trial.state_dict().items()}
 
     def compute(part: slice) -> tuple[dict[str, _Calls], dict[str, torch.Tensor]]:

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fcn.config import flatten
+from fcn.config import read_saved_config
 from fcn.errors import InputError
 from fcn.metrics import CLASS_METRICS, METRICS, best_metric, shown
 from fcn.text import duration, table
-from fcn.tracking import Record, read_records, read_summary
+from fcn.tracking import Record, read_foreign
 
 
 def compare_runs(folders: Sequence[Path]) -> str:
@@ -24,12 +22,11 @@ def compare_runs(folders: Sequence[Path]) -> str:
         InputError: a directory is not one of a run.
     """
     configs = [_config(folder) for folder in folders]
-    records = [read_records(folder / "metrics.jsonl") for folder in folders]
     keys = sorted({key for config in configs for key in config} - {"run_dir"})
     differing = [key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1]
     rows = [[key, *(_value(config.get(key)) for config in configs)] for key in differing]
     rows = rows or [["no key of the config differs", *[""] * len(folders)]]
-    results = [_results(read_summary(folder), lines) for folder, lines in zip(folders, records, strict=True)]
+    results = [_results(*read_foreign(folder)) for folder in folders]
     rows += [[], *([name, *(result.get(name, "-") for result in results)] for name in _names(results))]
     return table([["", *_titles(folders)], *rows])
 
@@ -37,14 +34,12 @@ def compare_runs(folders: Sequence[Path]) -> str:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
     try:
-        return flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return read_saved_config(path)
     except FileNotFoundError:
         raise InputError(f"{folder}: no run is there (no {path.name}); give directories that training wrote") from None
-    except (OSError, yaml.YAMLError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give directories that training wrote") from None
 
 
-def _results(summary: Record, records: Sequence[Record]) -> dict[str, str]:
+def _results(records: Sequence[Record], summary: Record) -> dict[str, str]:
     """The rows of one run: name → value."""
     trained = [record for record in records if record["event"] == "train"]
     scored = [record for record in records if record["event"] == "eval"]

@@ -18,17 +18,16 @@ from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
-import yaml
 from PIL import Image
 
-from fcn.config import flatten
+from fcn.config import read_saved_config
 from fcn.data import Classes, voc_palette
 from fcn.errors import InputError
 from fcn.files import write_atomically
 from fcn.metrics import CLASS_METRICS, METRICS, Counts, best_metric, shown
 from fcn.reports.status import run_status
 from fcn.text import duration
-from fcn.tracking import Record, plots, read_records, read_summary, resumed_steps, scores_name, versions
+from fcn.tracking import Record, is_sound, plots, read_foreign, resumed_steps, scores_name, versions
 
 PICTURE_BYTES = 600_000
 """Most bytes of one picture, before base64 makes it a third larger."""
@@ -120,16 +119,20 @@ def _read(folder: Path) -> RunFiles:
         )
     config = _text(folder / "config.yaml")
     keys = {}
-    with contextlib.suppress(yaml.YAMLError, AttributeError):
-        keys = flatten(yaml.safe_load(config) or {})
-    records = read_records(folder / "metrics.jsonl")
+    with contextlib.suppress(InputError, FileNotFoundError):
+        keys = read_saved_config(folder / "config.yaml")
+    records, summary = read_foreign(folder)
     scores = {record["split"]: record for record in records if record["event"] == "eval"}
     for split, record in scores.items():
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, RecursionError):
             details = json.loads(_text(folder / scores_name(split)))
-            if details["step"] == record["step"]:
+            if is_sound(details, "step") and details["step"] == record["step"] and _fit(details, len(record["iou"])):
                 scores[split] = {**record, **details}
-    return RunFiles(folder, config, keys, records, read_summary(folder), scores)
+    return RunFiles(folder, config, keys, records, summary, scores)
+
+
+def _fit(details: Record, classes: int) -> bool:
+    return all(len(details.get(key, range(classes))) == classes for key in ("confusion_matrix", "palette"))
 
 
 def _text(path: Path) -> str:

@@ -13,7 +13,7 @@ from fcn.distributed import HeartbeatRecord, read_heartbeats
 from fcn.errors import InputError
 from fcn.metrics import shown
 from fcn.text import duration, plural, table
-from fcn.tracking import Record, read_records, read_summary
+from fcn.tracking import Record, read_foreign
 
 STUCK_S = 60.0
 """A rank that stays at one place this long while others wait is said to hold them up."""
@@ -28,9 +28,9 @@ def run_status(folder: Path) -> tuple[str, bool]:
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder}: no run is there (no config.yaml); give a directory that training wrote")
     now, here = time.time(), socket.gethostname()
-    beats, summary = read_heartbeats(folder), read_summary(folder)
+    beats, (records, summary) = read_heartbeats(folder), read_foreign(folder)
     verdict, well = _verdict(beats, summary, now, here)
-    lines = [f"{folder}: {verdict}", *_progress(folder, beats, now)]
+    lines = [f"{folder}: {verdict}", *_progress(folder, records, beats, now)]
     if beats:
         lines += ["", *_table(beats, now, here)]
     return "\n".join(lines), well
@@ -88,9 +88,8 @@ def _exists(pid: int) -> bool:
         return True
 
 
-def _progress(folder: Path, beats: Sequence[HeartbeatRecord], now: float) -> list[str]:
+def _progress(folder: Path, records: Sequence[Record], beats: Sequence[HeartbeatRecord], now: float) -> list[str]:
     """How far the run is, what it scores, and what a kill would lose."""
-    records = read_records(folder / "metrics.jsonl")
     trained = [record for record in records if record["event"] == "train"]
     scored = [record for record in records if record["event"] == "eval"]
     lines = []
@@ -98,10 +97,11 @@ def _progress(folder: Path, beats: Sequence[HeartbeatRecord], now: float) -> lis
     if trained:
         last = trained[-1]
         loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
-        lines.append(
-            f"  step {step}/{last['steps']}; at step {last['step']}: loss {loss}, {last['images_per_s']:.1f} images/s, "
-            f"data wait {last['data_wait']:.0%}, ETA {duration(last['eta_s'])}"
-        )
+        parts = [f"  step {step}/{last['steps']}; at step {last['step']}: loss {loss}"]
+        parts.append(f"{last['images_per_s']:.1f} images/s")
+        parts += [f"data wait {last['data_wait']:.0%}"] if "data_wait" in last else []
+        parts += [f"ETA {duration(last['eta_s'])}"] if "eta_s" in last else []
+        lines.append(", ".join(parts))
     if scored:
         last = scored[-1]
         best = max(scored, key=lambda record: -1.0 if record["miou"] is None else record["miou"])

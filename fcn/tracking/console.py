@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from fcn.metrics import CLASS_METRICS, METRICS, shown
-from fcn.text import duration, table
+from fcn.text import duration, printable, table
 from fcn.tracking.metrics_file import LineFile
 from fcn.tracking.records import TIME_FORMAT, Record, event
 from fcn.tracking.tracker import Tracker
@@ -70,6 +70,7 @@ class Console(Tracker):
         self._write(text, end="" if self.live else "\n")
 
     def _write(self, text: str, end: str) -> None:
+        text = printable(text)
         stamped = f"{time.strftime(TIME_FORMAT)} {text}"
         with self._lock:
             if self.file:

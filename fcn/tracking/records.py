@@ -9,15 +9,110 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fcn.files import write_atomically
+from fcn.metrics import CLASS_METRICS, METRICS
 
 Record = dict[str, Any]
 STEP_EVENTS = ("train", "eval", "replaced")
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
+
+
+LARGEST = 1e300
+"""Of the numbers in a file; larger ones could not be shown."""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < LARGEST  # false for NaN
+
+
+def _is_score(value: object) -> bool:
+    return value is None or _is_number(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < LARGEST
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _are_texts_by_name(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, value.values()))
+
+
+def _are_scores_by_name(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_score, value.values()))
+
+
+def _is_best(value: object) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and _is_count(value.get("step"))
+        and all(map(_is_score, value.values()))
+        and any(key in METRICS for key in value)
+    )
+
+
+def _is_matrix(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, list) and len(row) == len(value) and all(map(_is_count, row)) for row in value
+    )
+
+
+def _are_scored_images(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and _is_text(pair[0]) and _is_score(pair[1]) for pair in value
+    )
+
+
+def _is_palette(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(colour, list) and len(colour) == 3 and all(_is_count(x) and x < 256 for x in colour)
+        for colour in value
+    )
+
+
+FIELDS: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("event", "time", "text", "split", "protocol", "status", "checkpoint"), _is_text),
+    **dict.fromkeys(("step", "steps", "skipped"), _is_count),
+    **dict.fromkeys(("images_per_s", "lr", "epoch", "step_s", "data_wait", "save_wait", "eta_s"), _is_number),
+    **dict.fromkeys(("loss", "grad_norm", "memory_gb", "of_peak", *METRICS), _is_score),
+    **dict.fromkeys(CLASS_METRICS, _are_scores_by_name),
+    **dict.fromkeys(("faults", "changes", "unsaved"), _are_texts),
+    **dict.fromkeys(("facts", "versions"), _are_texts_by_name),
+    "images": lambda value: value is None or _is_count(value),
+    "classes": lambda value: _is_count(value) or _are_texts(value),
+    "best": _is_best,
+    "confusion_matrix": _is_matrix,
+    "image_miou": _are_scored_images,
+    "palette": _is_palette,
+}
+"""What a field contains, wherever it occurs. A report relies on it, and the file that it reads may be foreign."""
+NEEDED = {
+    "train": ("steps", "loss", "images_per_s", "lr"),
+    "eval": ("split", "miou", "iou", "images", "protocol"),
+    "replaced": ("epoch", "faults"),
+}
+"""By event, the fields that a record must have beside `event` and `step`."""
+
+
+def is_sound(record: object, *needed: str) -> bool:
+    """Whether a record from a file has the needed fields and those of its event, and each contains what it should."""
+    if not isinstance(record, dict):
+        return False
+    wanted = (*needed, *NEEDED.get(str(record.get("event")), ()))
+    return all(key in record for key in wanted) and all(
+        FIELDS[key](value) for key, value in record.items() if key in FIELDS
+    )
 
 
 def event(kind: str, **fields: Any) -> Record:
@@ -48,7 +143,7 @@ def read_records(path: Path) -> list[Record]:
 
 def _whole_lines(path: Path) -> Iterator[tuple[str, Record]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
             fields = record if isinstance(record, dict) else {}
             if isinstance(fields.get("event"), str) and isinstance(fields.get("step"), int):
@@ -64,9 +159,16 @@ def read_summary(folder: Path) -> Record:
     """Read summary.json from a run directory; empty if it does not exist yet."""
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8", errors="replace"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return summary if isinstance(summary, dict) else {}
+
+
+def read_foreign(folder: Path) -> tuple[list[Record], Record]:
+    """(records, summary) of a run directory of anybody's: what a reader cannot rely on is left out."""
+    summary = read_summary(folder)
+    records = [record for record in read_records(folder / "metrics.jsonl") if is_sound(record)]
+    return records, summary if is_sound(summary, "status", "step", "steps") else {}
 
 
 def scores_name(split: str) -> str:

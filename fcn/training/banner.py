@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fcn.config import TRUST_OPTION
 from fcn.metrics import METRICS, best_metric, shown
 from fcn.text import plural
 from fcn.tracking import Console, Record, credentials, event
@@ -92,12 +93,15 @@ def end_banner(run: Run, summary: Record) -> str:
             f"; best {METRICS[metric].title} on {run.config.data.val} {shown(run.best[metric])} "
             f"at step {run.best['step']}"
         )
-    checkpoint, program = run.checkpoints / "best.pt", f"{run.config.model.name.replace(':', '.')}.pt2"
+    network, dataset = run.config.model.name, run.config.data.name
+    checkpoint, program = run.checkpoints / "best.pt", f"{network.replace(':', '.')}.pt2"
+    model_code, data_code = (f" {TRUST_OPTION} {name}" if ":" in name else "" for name in (network, dataset))
+    data_code = "" if data_code == model_code else data_code
     commands = {
         "look": f"{run.folder / 'report.html'}, {run.folder / 'pictures'}",
-        "score": f"python -m fcn evaluate --checkpoint {checkpoint}",
-        "label": f"python -m fcn predict --checkpoint {checkpoint} --output predictions IMAGE_OR_FOLDER",
-        "export": f"python -m fcn export --checkpoint {checkpoint} --output {program}",
+        "score": f"python -m fcn evaluate --checkpoint {checkpoint}{model_code}{data_code}",
+        "label": f"python -m fcn predict --checkpoint {checkpoint}{model_code} --output predictions IMAGE_OR_FOLDER",
+        "export": f"python -m fcn export --checkpoint {checkpoint}{model_code} --output {program}",
     }
     if not run.config.eval.pictures:
         commands["look"] = f"python -m fcn report {run.folder}"

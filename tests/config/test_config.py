@@ -527,7 +527,7 @@ def test_options_survive_saving_and_a_checkpoint(load, file):
         (["model.options.head.deep.er.still=null"],
          OPTIONS_READ | {"head": OPTIONS_READ["head"] | {"deep": {"er": {"still": None}}}}),
         (["model.options.rates.first=6"], OPTIONS_READ | {"rates": {"first": 6}}),
-        (["model.options={depth: 5, rates: []}"], OPTIONS_READ | {"depth": 5, "rates": []}),
+        (["model.options={depth: 5, rates: []}"], {"depth": 5, "rates": []}),
         (["model.options=null"], None),
         (["model.options=null", "model.options.depth=3"], {"depth": 3}),
     ],

@@ -110,7 +110,9 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(processes: int, *arguments: str, status: int | None = 0) -> subprocess.CompletedProcess[str]:
+def run(
+    processes: int, *arguments: str, status: int | None = 0, timeout_s: float = TIMEOUT_S
+) -> subprocess.CompletedProcess[str]:
     """Run a command line to the end and check the exit status (None: any).
 
     Under torchrun, if that is part of what is tested: where a rank fails, or torchrun has arguments of its own. A run
@@ -120,7 +122,7 @@ def run(processes: int, *arguments: str, status: int | None = 0) -> subprocess.C
     if arguments[0].startswith("--") or (processes > 1 and status != 0):
         done = _run_under_torchrun(processes, *arguments)
     else:
-        done = _run_at_once(processes, *arguments)
+        done = _run_at_once(processes, *arguments, timeout_s=timeout_s)
     assert status is None or done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -137,7 +139,7 @@ def _run_under_torchrun(processes: int, *arguments: str) -> subprocess.Completed
     )
 
 
-def _run_at_once(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _run_at_once(processes: int, *arguments: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
     place = {} if processes == 1 else {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     place |= {"MASTER_PORT": str(free_port())} if place else {}
     with contextlib.ExitStack() as stack:
@@ -149,7 +151,7 @@ def _run_at_once(processes: int, *arguments: str) -> subprocess.CompletedProcess
             target = (list(arguments), environment() | place | own, names)
             ranks.append(_context().Process(target=_program_main, args=target))
             ranks[-1].start()
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         while any(rank.is_alive() for rank in ranks):
             failed = [rank for rank in ranks if rank.exitcode not in (None, 0)]
             if (failed and processes > 1) or time.monotonic() > deadline:  # the others would wait for it
@@ -220,10 +222,12 @@ class Launched(subprocess.Popen):
 
 
 @contextlib.contextmanager
-def started(processes: int, *arguments: str, stderr: int = subprocess.STDOUT) -> Iterator[Launched]:
+def started(
+    processes: int, *arguments: str, stderr: int = subprocess.STDOUT, timeout_s: float = TIMEOUT_S
+) -> Iterator[Launched]:
     """Start a command; nothing of it is left afterwards."""
     process = Launched(processes, *arguments, stderr=stderr)
-    watchdog = threading.Timer(TIMEOUT_S, process.kill_all)  # a hang must fail its test, not stop the others
+    watchdog = threading.Timer(timeout_s, process.kill_all)  # a hang must fail its test, not stop the others
     watchdog.start()
     try:
         yield process

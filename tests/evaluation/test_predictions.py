@@ -24,6 +24,9 @@ def build(num_classes):
 """
 
 
+TRUST = ("--trust-code", "strongest:build")
+
+
 @pytest.fixture
 def predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """`predict(*arguments)` with a checkpoint whose data set is not here; returns the output folder."""
@@ -42,7 +45,7 @@ def predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
 
     def predict(*arguments: str | Path) -> Path:
         given = [] if "--output" in arguments else ["--output", output]
-        assert call([str(a) for a in ("predict", "--checkpoint", checkpoint, *given, *arguments)], ALONE) == 0
+        assert call([str(a) for a in ("predict", "--checkpoint", checkpoint, *TRUST, *given, *arguments)], ALONE) == 0
         return output
 
     return predict

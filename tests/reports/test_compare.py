@@ -18,7 +18,15 @@ def write_run(folder: Path, lr: float, miou: float | None, finished: bool = True
     config = {"run_dir": str(folder), "seed": 0, "optim": {"lr": lr, "name": "sgd"}, "data": {"crop": None}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     lines = [
-        {"event": "train", "step": step, "steps": 40, "loss": 1 / step, "images_per_s": 10.0 * step, "step_s": 90.0}
+        {
+            "event": "train",
+            "step": step,
+            "steps": 40,
+            "loss": 1 / step,
+            "images_per_s": 10.0 * step,
+            "lr": lr,
+            "step_s": 90.0,
+        }
         for step in (10, 20, 30)
     ]
     if miou is not None:
@@ -26,7 +34,7 @@ def write_run(folder: Path, lr: float, miou: float | None, finished: bool = True
         lines += [{"event": "eval", "step": 30, "split": "val", "images": 7, "protocol": "native", **scores}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "tr')
     if finished:
-        summary = {"status": "finished", "step": 30, "best": {"miou": miou, "step": 30}}
+        summary = {"status": "finished", "step": 30, "steps": 40, "best": {"miou": miou, "step": 30}}
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
