@@ -44,10 +44,12 @@ def parser() -> Parser:
 def train(args: argparse.Namespace, context: DistributedContext) -> int:
     """Config, data, network; start or resume; train; say what came of it."""
     cfg = distributed.run_on_all_ranks(lambda: config.load_config(args.config, args.overrides, context.size))
+    training.require_equal_programs(cfg)
     stop = distributed.StopFlag().listen()
     distributed.bound_waiting(cfg.train.timeout, context, Path(cfg.run_dir) / "flight_recorder")
     splits = distributed.run_on_all_ranks(lambda: training.open_splits(cfg))
     run, notes = training.build_run(cfg, context, splits)
+    training.require_equal_data(run)
     console = distributed.run_on_all_ranks(lambda: training.open_console(run))
     stop.say = console.line
     args.record_failure = lambda text: tracking.record_failure(run.folder, text)

@@ -10,6 +10,7 @@ __getattr__, __all__ = door(
     __name__,
     cache="CachedDataset with_cache",
     datasets="SegmentationDataset build_dataset classes_and_format",
+    identity="split_identity",
     images="decode is_image open_image read_pixels",
     inspection="SplitReport inspect_split median_frequency_weights odd_files repeated_images",
     labels="IGNORE_INDEX Classes voc_palette",

@@ -8,7 +8,7 @@ from fcn.lazy import door
 __getattr__, __all__ = door(
     __name__,
     collectives="all_gather all_gather_object all_reduce_sum all_reduce_sum_async barrier broadcast "
-    "raise_on_all_ranks run_on_all_ranks",
+    "raise_on_all_ranks require_equal run_on_all_ranks",
     ddp="data_parallel no_sync",
     diagnosis="Diagnosis",
     environment="read_place report_failure wait_for_the_message",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import socket
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -89,6 +90,31 @@ def raise_on_all_ranks(fault: str | None) -> None:
                 for message, where in ranks.items()
             )
         )
+
+
+def require_equal(facts: Mapping[str, object] | None, remedy: str) -> None:
+    """Raise InputError on every rank if ranks have different facts; it names each fact with its values and where.
+
+    Args:
+        facts: title → value, or None on a rank that has nothing to add.
+        remedy: what to do about a difference.
+    """
+    everywhere = all_gather_object((socket.gethostname(), facts))
+    titles = dict.fromkeys(title for _, found in everywhere for title in found or ())
+    lines = []
+    for title in titles:
+        places: dict[str, list[str]] = {}
+        for rank, (host, found) in enumerate(everywhere):
+            if found is not None:
+                places.setdefault(repr(found.get(title)), []).append(f"rank {rank} on {host}")
+        if len(places) > 1:
+            having = "; ".join(
+                f"{value} on {', '.join(where[:3])}{f' and {len(where) - 3} more' if len(where) > 3 else ''}"
+                for value, where in list(places.items())[:4]
+            )
+            lines.append(f"{title}: the processes disagree, found {having}; {remedy}")
+    if lines:
+        raise InputError("\n".join(lines))
 
 
 def broadcast(tensors: Iterable[torch.Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from fcn import distributed, seeding
 from fcn.checkpoints import BackgroundSaver, checkpoint_path
 from fcn.config import Config, Train, config_changes, to_dict, total_steps
-from fcn.data import SegmentationDataset, TrainingBatch
+from fcn.data import SegmentationDataset, TrainingBatch, split_identity
 from fcn.distributed import DistributedContext, Shards, block_of
 from fcn.errors import InputError
 from fcn.models import (
@@ -59,6 +59,11 @@ class Run:
         self.best: Record | None = None
         self.last_eval: Record | None = None
         self.tracker_id = uuid.uuid4().hex[:8]
+
+    @cached_property
+    def data(self) -> dict[str, str]:
+        """What the training split is; see `data.split_identity`. Looks at every file."""
+        return split_identity(self.train_split, self.config.data.root)
 
     @property
     def step(self) -> int:
@@ -106,6 +111,7 @@ class Run:
             "classes": list(classes.names),
             "palette": [list(colour) for colour in classes.palette],
             "train_images": len(self.train_split),
+            "data": self.data,
             "world_size": self.context.size,
             "versions": versions(),
         }
@@ -121,10 +127,14 @@ class Run:
         fatal, harmless = config_changes(state["config"], to_dict(self.config))
         if state["train_images"] != len(self.train_split):
             fatal.append(f"images of the training split: {state['train_images']} → {len(self.train_split)}")
+        elif self.context.rank == 0:  # for all; a checkpoint of an older version does not say
+            then = state.get("data", {})
+            changed = [title for title in then.keys() & self.data.keys() if then[title] != self.data[title]]
+            fatal += [f"the {title} of the training split changed" for title in sorted(changed)]
         if fatal:
             raise InputError(
                 f"{source}: this checkpoint belongs to another run: {'; '.join(fatal)}; "
-                f"set these keys back to resume, or give the new run its own run_dir"
+                f"set these back to resume, or give the new run its own run_dir"
             )
         self.state.load_state_dict(state)
         self.replaced = tuple(state.get("replaced", ()))

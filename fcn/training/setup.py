@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from pathlib import Path
 
 from fcn import checkpoints, distributed
-from fcn.config import Config, save_config, to_dict
-from fcn.data import CachedDataset, SegmentationDataset, build_dataset, with_cache
+from fcn.config import Config, flatten, save_config, to_dict
+from fcn.data import CachedDataset, SegmentationDataset, build_dataset, split_identity, with_cache
 from fcn.errors import InputError
 from fcn.files import must_be_writable, replacing
 from fcn.tracking import (
@@ -22,8 +23,49 @@ from fcn.tracking import (
     read_records,
     read_summary,
     rewind_metrics,
+    versions,
 )
 from fcn.training.run import Run
+
+MAY_DIFFER = ("data.root", "data.workers", "data.cache", "data.cache_dir")
+"""Keys that may differ between the processes of a run."""
+
+
+def require_equal_programs(config: Config) -> None:
+    """Compare over all ranks what decides what they compute: config, versions, this package's source.
+
+    Raises:
+        InputError: on every rank, if processes were started with different ones.
+    """
+    keys = {key: value for key, value in flatten(to_dict(config)).items() if key not in MAY_DIFFER}
+    distributed.require_equal(keys, "start every process with the same config and overrides")
+    found = {name: version for name, version in versions().items() if name != "system"}
+    distributed.require_equal(found, "install the same packages on every machine")
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+    source = {"the source of fcn (SHA-256)": digest.hexdigest()[:12]}
+    distributed.require_equal(source, "use the same checkout on every machine")
+
+
+def require_equal_data(run: Run) -> None:
+    """Compare the splits over the machines, by one process of each.
+
+    Raises:
+        InputError: on every rank, if machines see different files.
+    """
+    facts = None
+    if run.context.local_rank == 0:
+        root = run.config.data.root
+        splits = {
+            name: split_identity(split, root) for name, split in run.splits.items() if split is not run.train_split
+        }
+        splits[run.config.data.train] = run.data
+        facts = {
+            f"{title} of the split {name}": value for name, found in splits.items() for title, value in found.items()
+        }
+    distributed.require_equal(facts, "give every machine the same files under data.root")
 
 
 def open_splits(config: Config) -> dict[str, SegmentationDataset]:
