@@ -88,7 +88,10 @@ def run_on_rank_0(main: Callable[[argparse.Namespace], int], args: argparse.Name
 
 def say(text: object) -> None:
     """Print the result of a command, which may contain text from foreign files."""
-    print(printable(str(text)))
+    try:
+        print(printable(str(text)), flush=True)
+    except BrokenPipeError:  # of `… | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(message: str) -> None:

@@ -213,7 +213,7 @@ class Train:
     """Accept a batch size that is not a multiple of the number of processes, or is smaller. The numbers stay the same;
     processes with fewer images wait for the others."""
     shards: Count | None = None
-    """Compute the global batch as this many equal parts, for any number of processes up to that: each part by itself,
+    """Compute the global batch as this many equal shards, for any number of processes up to that: each by itself,
     then their sums along a fixed tree. The run then ends with the same bytes on any number of processes of one kind of
     hardware. Divides `batch_size`. Implies `deterministic`, and one thread on a CPU. null: off."""
     micro_batch: Count | None = None

@@ -13,6 +13,7 @@ from fcn.config import yaml_schema
 from fcn.config.keys import OWN, PRETRAINED, AddedLosses, Config, Data, Loss, Model
 from fcn.config.mask_values import pixel_classes
 from fcn.errors import InputError
+from fcn.text import plural
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = (), world_size: int = 1) -> Config:
@@ -202,9 +203,10 @@ def _shard_checks(parsed: Mapping[str, Any], source: str, world_size: int) -> li
             f"accepted: {size // shards} or more, or more train.shards"
         )
     if world_size > shards:
+        fitting = ", ".join(str(n) for n in range(world_size, size + 1) if size % n == 0) or "a larger train.batch_size"
         found.append(
-            f"{source}: train.shards: found {shards} for {world_size} processes; accepted: {world_size} or more, or "
-            f"start at most {shards} processes"
+            f"{source}: train.shards: found {shards} for {world_size} processes; accepted: {fitting}; or start at most "
+            f"{plural(shards, 'process', 'processes')}"
         )
     if parsed.get("train.compile"):
         found.append(

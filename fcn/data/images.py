@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,31 @@ def suffixes() -> frozenset[str]:
 
 def is_image(name: str) -> bool:
     return Path(name).suffix.lower() in suffixes() and not Path(name).name.startswith(".")
+
+
+CLUTTER = ("@eaDir", "__MACOSX")
+"""Folders of copies or thumbnails that file servers and archive programs leave, beside those with a dot in front."""
+
+
+def walk_images(folder: Path, visited: Iterable[str] = (), left_out: list[Path] | None = None) -> Iterator[Path]:
+    """Every image below a folder, a folder's images sorted by name; without hidden files, hidden folders and clutter.
+
+    Args:
+        visited: real paths of folders to stay out of. A link back to a folder above it is not followed, either.
+        left_out: gets the folders that are clutter.
+    """
+    seen = set(visited)
+    for parent, below, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(parent))
+        clutter = [Path(parent, name) for name in below if name in CLUTTER]
+        if left_out is not None:
+            left_out += clutter
+        below[:] = sorted(
+            name
+            for name in below
+            if not (name.startswith(".") or name in CLUTTER or os.path.realpath(Path(parent, name)) in seen)
+        )
+        yield from (Path(parent, name) for name in sorted(filter(is_image, names)))
 
 
 def read_pixels(path: Path) -> np.ndarray:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fcn.config import Data, pixel_classes
 from fcn.data import masks
-from fcn.data.images import is_image
+from fcn.data.images import is_image, walk_images
 from fcn.data.labels import (
     CAMVID,
     CAMVID_UNLABELLED,
@@ -223,23 +224,20 @@ def _listed(root: Path, split: str, found: dict[str, Path]) -> list[str]:
     for line in _read_lines(lists / f"{split}.txt"):
         # A name may hold spaces; a line may also hold two paths, of the image and of the mask.
         known = (stem for entry in (line, line.split()[0]) for stem in candidates(entry))
-        stems.append(next(known, _without_suffix(line)))
+        stems.append(next(known, _without_suffix(line).lstrip("/")))
     return stems
 
 
 def _tree(place: Path, oddities: list[str]) -> dict[str, Path]:
     """Every image below a folder, by its path there without the type."""
     files: dict[str, Path] = {}
-    for parent, folders, names in os.walk(place, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(filter(is_image, names)):
-            path = Path(parent, name)
-            stem = _without_suffix(path.relative_to(place).as_posix())
-            if stem in files:
-                oddities.append(
-                    f"{path}: has the name of {files[stem].name}, which is used; remove or rename one of them"
-                )
-            files.setdefault(stem, path)
+    clutter: list[Path] = []
+    for path in walk_images(place, left_out=clutter):
+        stem = _without_suffix(path.relative_to(place).as_posix())
+        if stem in files:
+            oddities.append(f"{path}: has the name of {files[stem].name}, which is used; remove or rename one of them")
+        files.setdefault(stem, path)
+    oddities += [f"{path}: left out with all that is in it, because another program made it" for path in clutter]
     return files
 
 
@@ -268,6 +266,9 @@ def _read_lines(path: Path) -> list[str]:
         ) from None
     if not lines:
         raise InputError(f"{path}: the list is empty; accepted: one ID a line")
+    outside = next((line for line in lines if ".." in re.split(r"[/\\\s]", line)), None)
+    if outside:
+        raise InputError(f"{path}: found '{outside}', which leaves the data set's folder; accepted: names inside it")
     return lines
 
 

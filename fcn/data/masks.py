@@ -96,6 +96,8 @@ class MaskFormat:
         """Also ignore one class, or one pixel value that is no class."""
         if label < classes:
             return replace(self, ignored=label)
+        if label == IGNORE_INDEX and self.other != NO_CLASS:
+            return self  # what is not listed has a class
         named = {value for value, _ in self.values}
         return (
             replace(self, values=(*self.values, (label, IGNORE_INDEX))) if self.values and label not in named else self
@@ -139,8 +141,8 @@ VOC_BORDER = (224, 224, 192)
 
 
 def mapping(values: Mapping[int, int], colours: Mapping[RGB, int], other: int = NO_CLASS) -> MaskFormat:
-    """Numbers and colours as listed; the number 255 is ignored unless it is listed."""
-    if values:
+    """Numbers and colours as listed; the number 255 is ignored, unless it is listed or `other` covers it."""
+    if values and other == NO_CLASS:
         values = {IGNORE_INDEX: IGNORE_INDEX, **values}
     return MaskFormat(tuple(values.items()), tuple(colours.items()), other=other)
 

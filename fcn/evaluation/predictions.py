@@ -23,9 +23,9 @@ from fcn.data import (
     decode,
     eval_loader,
     index_format,
-    is_image,
     open_image,
     read_pixels,
+    walk_images,
 )
 from fcn.distributed import DistributedContext
 from fcn.errors import InputError
@@ -112,16 +112,10 @@ def _images(given: Path, output: Path) -> Iterator[tuple[Path, str]]:
     if not given.is_dir():
         hint = f"; settings go behind --set: --set {given}" if "=" in str(given) else ""
         raise InputError(f"{given}: no such file or folder; give images, or folders of images{hint}")
-    visited = {os.path.realpath(output)}
-    if os.path.realpath(given) in visited:
+    results = os.path.realpath(output)
+    if os.path.realpath(given) == results:
         raise InputError(f"--output {output}: is an input folder itself; choose another folder")
-    images: list[Path] = []
-    for folder, below, names in os.walk(given, followlinks=True):
-        visited.add(os.path.realpath(folder))  # a link may lead back to a folder above it
-        below[:] = [
-            name for name in below if not name.startswith(".") and os.path.realpath(Path(folder, name)) not in visited
-        ]
-        images += [Path(folder, name) for name in names if is_image(name)]
+    images = list(walk_images(given, [results]))
     if not images:
         raise InputError(f"{given}: found no images; give images, or folders of images")
     yield from ((image, str(image.relative_to(given).with_suffix(""))) for image in sorted(images))

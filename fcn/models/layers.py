@@ -123,12 +123,12 @@ class _SyncBatchNorm(torch.autograd.Function):
 
 
 def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
-    """Turn every BatchNorm2d into a SyncBatchNorm2d, in place; the state_dict keys stay the same.
+    """Turn every BatchNorm2d and SyncBatchNorm into a SyncBatchNorm2d, in place; the state_dict keys stay the same.
 
     On GPUs, too, because `nn.SyncBatchNorm` waits for the device in every layer and step.
     """
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
+        if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
             module.__class__ = SyncBatchNorm2d
     return model
 

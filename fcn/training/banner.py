@@ -36,7 +36,7 @@ def describe(run: Run, hosts: Sequence[str]) -> dict[str, str]:
     if train.micro_batch and train.micro_batch < high:
         share += f", {train.micro_batch} a pass"
     if train.shards:
-        share += f", in {plural(train.shards, 'shard')} of {train.batch_size // train.shards} altogether"
+        share += f"; {plural(train.shards, 'shard')} of {plural(train.batch_size // train.shards, 'image')}"
     sizes = ", ".join(f"{name} {len(split)}" for name, split in run.splits.items())
     shape = "crop " + "x".join(map(str, data.crop)) if data.crop else "whole"
     resized = f", scale {data.scale[0]:g} to {data.scale[1]:g}" if data.scale else ""

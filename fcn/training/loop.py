@@ -212,9 +212,8 @@ def check_finite(session: Session) -> tuple[int, int]:
 def score(session: Session, split: str, last: bool) -> Record:
     """Evaluate, record and show a split; after the `last` step, also show the images with the lowest scores."""
     run, config, state = session.run, session.run.config, session.run.state
-    if not config.train.sync_bn:  # score the statistics that are saved, which are rank 0's
-        for network in (state.model, state.ema.model) if state.ema else (state.model,):
-            distributed.broadcast(network.buffers())
+    for network in (state.model, state.ema.model) if state.ema else (state.model,):
+        distributed.broadcast(network.buffers())  # the ones that are saved; each rank may have its own BatchNorm
     evaluator = evaluation.Evaluator(session.scored, split, run.splits[split], config, state.precision, run.context)
     found = evaluation.evaluate_split(evaluator, session.stop)
     record = {"event": "eval", "step": run.step, **found.record()}

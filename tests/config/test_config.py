@@ -676,7 +676,7 @@ def test_shards_are_shared_by_any_number_of_processes_up_to_theirs(load, shards,
     [
         ("train.shards=5", 1, "train.shards: found 5, which does not divide train.batch_size=12; accepted: 1, 2, 3, 4"),
         ("train.shards=24", 1, "train.shards: found 24, which does not divide train.batch_size=12"),
-        ("train.shards=4", 5, "train.shards: found 4 for 5 processes; accepted: 5 or more, or start at most 4"),
+        ("train.shards=4", 5, "train.shards: found 4 for 5 processes; accepted: 6, 12; or start at most 4 processes"),
         ("train.shards=0", 1, "train.shards: found 0; accepted: a whole number, 1 or more"),
         ("train.micro_batch=2", 1, "train.micro_batch: found 2, less than the 3 images of a shard; accepted: 3 or"),
         ("train.compile=true", 1, "train.compile: found true with train.shards"),

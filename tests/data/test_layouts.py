@@ -205,6 +205,26 @@ def test_what_is_odd_is_listed_and_does_not_stop(tmp_path):
     assert [line.split(":")[0] for line in listing.oddities] == [f"{tmp_path}/images/a.png", f"{tmp_path}/masks/b.png"]
 
 
+def test_what_other_programs_leave_is_no_data(tmp_path):
+    touch(tmp_path, "images/a.jpg", "masks/a.png", "images/@eaDir/a.jpg", "images/__MACOSX/b.jpg", "images/._a.jpg")
+    touch(tmp_path, "images/.AppleDouble/a.jpg", "images/sub/b.jpg", "masks/sub/b.png")
+    (tmp_path / "images" / "sub" / "again").symlink_to(tmp_path / "images")  # leads back
+    config = data("folder", tmp_path, classes=("a", "b"), val_fraction=0.5)
+    names = {name for split in ("train", "val") for name in stems(config, split)}
+    assert names == {"a", "b"}
+
+
+@pytest.mark.parametrize("line", ["../secret", "images/../../secret", "secret ../secret.png", "/etc/secret"])
+def test_a_list_leads_nowhere_else(tmp_path, line):
+    root = tmp_path / "root"
+    touch(root, "images/a.png", "masks/a.png")
+    touch(tmp_path, "secret.png", "images/secret.png")
+    (root / "train.txt").write_text(f"a\n{line}\n")
+    with pytest.raises(InputError) as refused:
+        opened(data("folder", root, val_fraction=None), "train")
+    assert "which leaves the data set's folder" in str(refused.value) or str(root) in str(refused.value)
+
+
 def test_a_folder_draws_its_classes_in_the_colours_of_its_masks(tmp_path):
     miniatures.folder(tmp_path)
     classes = opened(data("folder", tmp_path), "train").classes

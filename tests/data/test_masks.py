@@ -99,6 +99,20 @@ def test_listed_values_and_the_rest():
     assert listed.decode(Image.fromarray(stored.astype(np.int32)), "m").tolist() == expected
 
 
+def test_the_rest_has_255_too(tmp_path):
+    """Also where the loss ignores 255, as it does by default: only `ignore` names what is ignored."""
+    stored = Image.fromarray(np.array([[0, 255, 7]], np.uint8))
+    for values, expected in (
+        ({"background": 0, "person": "rest"}, [[0, 1, 1]]),
+        ({"background": 0, "person": "rest", "ignore": 255}, [[0, 255, 1]]),
+        ({"background": 0, "person": 7, "ignore": "rest"}, [[0, 255, 1]]),
+    ):
+        meaning = pixel_classes(("background", "person"), values)
+        listed = masks.mapping(meaning.numbers, meaning.colours, meaning.rest)
+        assert listed.ignoring(255, 2).decode(stored, "m").tolist() == expected
+        assert listed.decode(stored.convert("RGB"), "m").tolist() == expected
+
+
 def test_listed_colours_and_the_rest():
     meaning = pixel_classes(("ground", "tree"), {"ground": "#000000", "tree": ["#00ff00", "#00FE00"], "ignore": "rest"})
     listed = masks.mapping(meaning.numbers, meaning.colours, meaning.rest)

@@ -106,7 +106,7 @@ def test_on_real_images(camvid_root: Path, tmp_path: Path):
 
 def test_more_processes_than_shards_are_refused(tiny):
     done = run(3, "train_ddp.py", "--config", tiny(train__shards=2), status=1)
-    assert "train.shards: found 2 for 3 processes; accepted: 3 or more, or start at most 2 processes" in done.stderr
+    assert "train.shards: found 2 for 3 processes; accepted: 3, 4, 6, 12; or start at most 2 processes" in done.stderr
 
 
 NETWORK = """
@@ -133,6 +133,32 @@ def test_a_network_that_mixes_images_is_refused_on_every_rank(tiny, tmp_path, mo
     assert "the network itself (Mixing) gives other bits for a sample when others are beside it" in lines[0]
     assert "Traceback" not in done.stdout
     run(2, "train_ddp.py", "--config", config, "train.shards=null")  # which trains it, as before
+
+
+SUBCLASS = """
+    from torch import nn
+
+    class Own(nn.BatchNorm2d):
+        pass
+
+    def build(num_classes, norm):
+        norm = {"Own": Own, "SyncBatchNorm": nn.SyncBatchNorm}[norm]
+        return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), norm(6), nn.ReLU(), nn.Conv2d(6, num_classes, 1))
+"""
+
+
+@pytest.mark.parametrize("norm", ["Own", "SyncBatchNorm"])
+def test_other_batch_norms(tiny, tmp_path, monkeypatch, norm):
+    """Each rank of a subclass has statistics of its own; the scores are those of the saved ones."""
+    (tmp_path / "subclass.py").write_text(textwrap.dedent(SUBCLASS))
+    monkeypatch.setattr("tests.dist.ranks.IMPORTS", (str(tmp_path),))
+    found = []
+    for size in (1, 3):
+        model = {"name": "subclass:build", "options": {"norm": norm}}
+        changes = {"model": model, "train__shards": 4, "train__precision": "fp32", "train__ema": 0.9}
+        run(size, "train_ddp.py", "--config", tiny(run_dir=str(tmp_path / str(size)), **changes))
+        found.append(fingerprints(tmp_path / str(size)))
+    assert found[0] == found[1]
 
 
 def test_a_resumed_run_keeps_its_number_of_shards(tiny, tmp_path):

@@ -58,7 +58,9 @@ def test_what_runs_where(shapes_root: Path, tmp_path: Path) -> None:
 
 def test_shards(shapes_root: Path, tmp_path: Path) -> None:
     run = run_of(shapes_root, tmp_path, 1, "train.batch_size=12", "train.shards=6")
-    assert lines(run, ["a"], 4)["batch"].startswith("global batch 12 = 4 processes x 2 or 4 images, in 6 shards of 2")
+    assert lines(run, ["a"], 4)["batch"].startswith(
+        "global batch 12 = 4 processes x 2 or 4 images; 6 shards of 2 images"
+    )
 
 
 def test_whole_images_without_a_resize(shapes_root: Path, tmp_path: Path) -> None:
