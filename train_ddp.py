@@ -21,7 +21,8 @@ from fcn import commands, config, distributed, tracking, training
 from fcn.arguments import Parser
 
 if TYPE_CHECKING:
-    from fcn.distributed import DistributedContext
+    from fcn.distributed import DistributedContext, StopFlag
+    from fcn.training import Run
 
 NOT_SAVED, PREEMPTED = 74, 75
 """Exit statuses: EX_IOERR and EX_TEMPFAIL of sysexits.h."""
@@ -42,7 +43,7 @@ def parser() -> Parser:
 
 
 def train(args: argparse.Namespace, context: DistributedContext) -> int:
-    """Config, data, network; start or resume; train; say what came of it."""
+    """Config, data, network; then the run, if no other one is in its directory."""
     cfg = distributed.run_on_all_ranks(lambda: config.load_config(args.config, args.overrides, context.size))
     training.require_equal_programs(cfg)
     stop = distributed.StopFlag().listen()
@@ -50,6 +51,13 @@ def train(args: argparse.Namespace, context: DistributedContext) -> int:
     splits = distributed.run_on_all_ranks(lambda: training.open_splits(cfg))
     run, notes = training.build_run(cfg, context, splits)
     training.require_equal_data(run)
+    with training.lock_run_dir(run):
+        return carry_out(args, run, notes, stop)
+
+
+def carry_out(args: argparse.Namespace, run: Run, notes: Sequence[str], stop: StopFlag) -> int:
+    """Start or resume a run and train; say how it ended."""
+    cfg, context = run.config, run.context
     console = distributed.run_on_all_ranks(lambda: training.open_console(run))
     stop.say = console.line
     args.record_failure = lambda text: tracking.record_failure(run.folder, text)

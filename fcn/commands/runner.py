@@ -27,6 +27,7 @@ def run(parser: Parser, argv: Sequence[str] | None = None) -> int:
     the user does not wait for PyTorch to be imported.
     """
     rank = distributed.read_place(os.environ).rank
+    distributed.end_with_launcher()
     try:
         args = parser.parse_args(argv)
         return args.run(args)

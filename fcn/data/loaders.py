@@ -22,7 +22,7 @@ from fcn.data.datasets import SegmentationDataset
 from fcn.data.labels import IGNORE_INDEX
 from fcn.data.samplers import EvalSampler, GlobalBatchSampler, RankBatch, SampleRef
 from fcn.data.transforms import EvalTransform, TrainTransform, resize_windows
-from fcn.distributed import SIGNALS
+from fcn.distributed import SIGNALS, end_with_creator
 from fcn.errors import InputError
 
 
@@ -284,6 +284,7 @@ def _worker_context() -> multiprocessing.context.BaseContext:
 def _start_worker(_: int) -> None:
     for number in SIGNALS:  # PyTorch and the fork server have set handlers
         signal.signal(number, signal.SIG_IGN)
+    end_with_creator()
 
 
 class LabelCounts(NamedTuple):

@@ -14,7 +14,7 @@ __getattr__, __all__ = door(
     environment="read_place report_failure wait_for_the_message",
     heartbeat="Heartbeat HeartbeatRecord file_heartbeat read_heartbeats",
     process_group="DistributedContext bound_waiting is_active is_communication_failure start stop",
-    shards="Shards block_of tree_sum",
-    signals="SIGNALS StopFlag",
+    shards="Shards TreeSum aligned block_of subtrees tree_sum",
+    signals="SIGNALS StopFlag end_with_creator end_with_launcher",
     stragglers="ComputeTimer StragglerDetector slowest",
 )

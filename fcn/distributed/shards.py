@@ -14,6 +14,17 @@ import torch
 
 from fcn.distributed.collectives import all_gather
 
+ALIGNMENT = 64
+"""Bytes. PyTorch's own memory begins at a multiple of it."""
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy that begins where kernels find their fastest way.
+
+    Kernels add in another order from other addresses, and that of a part depends on its place in the batch.
+    """
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
 
 class TreeSum:
     """Adds what belongs to shards, which are pushed in their order, along the tree.
@@ -111,7 +122,8 @@ class Shards:
         if tensor.ndim == 0 or len(tensor) % len(self.now):
             raise ValueError(f"{tuple(tensor.shape)} cannot be split into {len(self.now)} shards")
         # `split` gathers the parts' gradients once; `tensor_split` would fill a whole tensor for each.
-        return (tensor,) if len(self.now) == 1 else tensor.split(len(tensor) // len(self.now))
+        parts = (tensor,) if len(self.now) == 1 else tensor.split(len(tensor) // len(self.now))
+        return tuple(map(aligned, parts))
 
     def copies(self, parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """One view of a parameter for each shard; its gradient is the sum of theirs, along the tree.
@@ -120,14 +132,19 @@ class Shards:
         `further_sums` has the others. If they are computed in several passes, the last one gives the gradient.
         """
         assert self.now is not None
+        if not (parameter.requires_grad and torch.is_grad_enabled()):
+            return (parameter,) * len(self.now)
         if id(parameter) not in self._copies:
-            needed = parameter.requires_grad and torch.is_grad_enabled()
-            self._copies[id(parameter)] = _Copies.apply(parameter, self) if needed else (parameter,) * len(self.now)
+            self._copies[id(parameter)] = _Copies.apply(parameter, self)
         return self._copies[id(parameter)]
 
+    def adds(self, parameter: torch.Tensor) -> bool:
+        """Whether the gradient of the last pass was added along the tree."""
+        return id(parameter) in self._sums
+
     def further_sums(self, parameter: torch.Tensor) -> list[torch.Tensor]:
-        """The sums of this process's subtrees after the first one."""
-        return [value for _, value in self._sums[id(parameter)].nodes]
+        """The sums of this process's subtrees after the first one, once."""
+        return [value for _, value in self._sums.pop(id(parameter)).nodes]
 
     def gather(self, mine: torch.Tensor) -> torch.Tensor:
         """A row for each shard of this process, (n, *shape) → those of all shards, (S, *shape), on every process."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl."""
 
 
 def leave_at_once(number: int) -> None:
@@ -17,6 +21,32 @@ def leave_at_once(number: int) -> None:
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(128 + number)
+
+
+def end_with_launcher() -> None:
+    """Get SIGTERM when torchrun or SLURM's daemon is killed, which then passes on no signal: no rank stays alone.
+
+    Before `StopFlag.listen` it ends the process, afterwards the run is saved first. A process that was started by hand
+    may outlive its shell.
+    """
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_with_creator() -> None:
+    """Let this process of `multiprocessing` end, by a thread, as soon as the process that asked for it is gone.
+
+    It comes from a fork server. Its parent is that server, which lives as long as any of its processes.
+    """
+
+    def wait() -> None:
+        creator = multiprocessing.parent_process()
+        if creator is not None:
+            creator.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, name="end with creator", daemon=True).start()
 
 
 class StopFlag:

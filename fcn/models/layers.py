@@ -28,6 +28,15 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         shards = self.shards if self.shards and self.shards.now else None
+        if shards and not self.training:  # its network keeps it so; it does not mix images
+            own = [None if p is None else shards.copies(p) for p in (self.weight, self.bias)]
+            outputs = []
+            for number, part in enumerate(shards.split(images)):
+                weight, bias = (None if copies is None else copies[number] for copies in own)
+                outputs.append(
+                    F.batch_norm(part, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
+                )
+            return torch.cat(outputs)
         if not (self.training and (shards or distributed.is_active())):
             return super().forward(images)
         weight, bias = self.weight, self.bias
@@ -77,7 +86,10 @@ class _SyncBatchNorm(torch.autograd.Function):
         local = x.numel() // x.shape[1] // parts
         if local:
             # One fused pass over each part: its mean and (biased) variance of each channel.
-            found = [torch.stack(torch.batch_norm_update_stats(part, None, None, 0.0)) for part in x.chunk(parts)]
+            found = [
+                torch.stack(torch.batch_norm_update_stats(distributed.aligned(part), None, None, 0.0))
+                for part in x.chunk(parts)
+            ]
             mine = torch.stack(found).double()
         else:
             mine = torch.zeros(1, 2, x.shape[1], dtype=torch.float64, device=x.device)
@@ -104,7 +116,16 @@ class _SyncBatchNorm(torch.autograd.Function):
         if x.numel():  # of each part: Σ g·x̂ and Σ g, with x̂ = (x − mean)/σ
             found = [
                 torch.ops.aten.native_batch_norm_backward(
-                    grad_part, part, weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
+                    distributed.aligned(grad_part),
+                    distributed.aligned(part),
+                    weight,
+                    mean,
+                    variance,
+                    None,
+                    None,
+                    False,
+                    ctx.eps,
+                    [False, True, True],
                 )[1:]
                 for grad_part, part in zip(grad.chunk(ctx.parts), x.chunk(ctx.parts), strict=True)
             ]

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from fcn.distributed import Shards
+from fcn.distributed import Shards, TreeSum, aligned, subtrees
 from fcn.errors import InputError
 from fcn.models.layers import HalvingMaxPool, KeyedDropout, KeyedDropout2d, SampleKeys, SyncBatchNorm2d
 
@@ -37,24 +37,38 @@ class Sharded:
         if not self.shards.now:
             return super().forward(*inputs, **options)  # type: ignore[misc]
         outputs = []
-        for number, arguments in enumerate(self._arguments(inputs)):
+        for number, (arguments, named) in enumerate(self._arguments(inputs, options)):
             with self._copies_of(number):
-                outputs.append(self._forward_of_shard(number, *arguments, **options))
+                outputs.append(self._forward_of_shard(number, *arguments, **named))
         if not all(isinstance(output, torch.Tensor) for output in outputs):
-            raise InputError(_refusal(f"a {type(self).__name__}", f"returns {type(outputs[0]).__name__}, no tensor"))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            kind = type(outputs[0]).__name__ if outputs else "nothing"
+            raise InputError(_refusal(f"a {type(self).__name__}", f"returns {kind}, not a tensor"))
+        if len(outputs) == 1:
+            return outputs[0]
+        for output in outputs:
+            if output.requires_grad:
+                output.register_hook(aligned)
+        return torch.cat(outputs)
 
     def _forward_of_shard(self, number: int, *inputs: Any, **options: Any) -> Any:
         return super().forward(*inputs, **options)  # type: ignore[misc]
 
-    def _arguments(self, inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    def _arguments(
+        self, inputs: tuple[Any, ...], options: dict[str, Any]
+    ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Of each shard, the arguments by place and by name; what is no tensor is the same for all."""
+        shards = self.shards
+
+        def split(value: Any) -> Sequence[Any]:
+            return shards.split(value) if isinstance(value, torch.Tensor) else [value] * len(shards.now or ())
+
         try:
-            split = [
-                self.shards.split(x) if isinstance(x, torch.Tensor) else [x] * len(self.shards.now) for x in inputs
-            ]
+            placed, named = [split(value) for value in inputs], {key: split(value) for key, value in options.items()}
         except ValueError as error:
-            raise InputError(_refusal(f"a {type(self).__name__}", f"has another first dimension: {error}")) from None
-        return zip(*split, strict=True)
+            fault = f"got a tensor whose first dimension is not that of the batch: {error}"
+            raise InputError(_refusal(f"a {type(self).__name__}", fault)) from None
+        for number in range(len(shards.now or ())):
+            yield tuple(part[number] for part in placed), {key: part[number] for key, part in named.items()}
 
     @contextlib.contextmanager
     def _copies_of(self, number: int) -> Iterator[None]:
@@ -99,7 +113,7 @@ def convert_shards(network: nn.Module, shards: Shards) -> None:
                     f"which has layers inside, so train.shards cannot apply it shard by shard; accepted: parameters of "
                     f"layers without others inside (move it into a small nn.Module), or train.shards=null"
                 )
-        elif not isinstance(module, EXACT):
+        elif type(module) not in EXACT:
             kind = ShardBatchNorm if isinstance(module, nn.modules.batchnorm._BatchNorm) else Sharded
             cls = type(module)
             module.__class__ = type(cls.__name__, (kind, cls), {"__module__": cls.__module__})
@@ -110,25 +124,30 @@ def convert_shards(network: nn.Module, shards: Shards) -> None:
 
 
 class _TrialShards(Shards):
-    """Two shards, together or one by one. One alone gets the other's statistics from when they were together."""
+    """Four shards, together or a block of them. A block gets the others' statistics from when all were together."""
 
     def __init__(self) -> None:
-        super().__init__(2)
+        super().__init__(4)
         self.gathered: list[torch.Tensor] = []
         self._replay: Iterator[torch.Tensor] | None = None
 
     @contextlib.contextmanager
-    def alone(self, shard: int) -> Iterator[None]:
-        self.blocks = [range(shard, shard + 1)]
-        self.block, self._replay = self.blocks[0], iter(self.gathered)
-        with self.computing(self.block):
+    def alone(self, block: range) -> Iterator[None]:
+        self.blocks, self.block, self._replay = [block], block, iter(self.gathered)
+        with self.computing(block):
             yield
 
     def gather(self, mine: torch.Tensor) -> torch.Tensor:
         if self._replay is None:
             self.gathered.append(mine)
             return mine
-        return next(self._replay)
+        everywhere = next(self._replay).clone()
+        everywhere[self.block.start : self.block.stop] = mine
+        return everywhere
+
+
+BLOCKS = (range(1), range(1, 4))
+"""As two processes would hold the four shards of the trial; the second block is no single subtree."""
 
 
 def examine_shards(
@@ -138,7 +157,7 @@ def examine_shards(
     images: int,
     autocast: contextlib.AbstractContextManager,
 ) -> None:
-    """Run a copy of a converted network on two shards together and one by one, and compare all bits.
+    """Run a copy of a converted network on four shards at once, and on one and the other three, and compare all bits.
 
     Args:
         network: after `convert_shards`.
@@ -156,9 +175,9 @@ def examine_shards(
         if hasattr(module, "shards"):
             module.shards = shards
     trial.train()
-    first = next(trial.parameters())
+    first = next((p for p in trial.parameters() if p.ndim == 4), next(trial.parameters()))
     generator = torch.Generator().manual_seed(0)
-    batch = torch.rand(2 * images, 3, *size, generator=generator).to(first.device, first.dtype)
+    batch = torch.rand(shards.count * images, 3, *size, generator=generator).to(first.device, first.dtype)
     if first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last):
         batch = batch.contiguous(memory_format=torch.channels_last)
     # Weights that are zero, such as those of FCN's score layers, would hide what comes before them.
@@ -167,8 +186,9 @@ def examine_shards(
             nn.init.normal_(parameter, std=0.1)
     before = {key: value.clone() for key, value in trial.state_dict().items()}
 
-    def compute(part: slice) -> tuple[dict[str, _Calls], dict[str, torch.Tensor]]:
-        """(calls of each layer, by name, those inside before what they are part of; gradients), of some images."""
+    def compute(block: range) -> tuple[dict[str, _Calls], dict[str, list[torch.Tensor]]]:
+        """(calls of each layer, by name, those inside before what they are part of; sums of gradients, one for each
+        subtree), of the shards of a block."""
         calls: dict[str, _Calls] = {}
 
         def note(name: str, inputs: tuple, output: Any) -> None:
@@ -183,44 +203,60 @@ def examine_shards(
         ]
         trial.zero_grad(set_to_none=True)
         torch.manual_seed(0)
-        trial_keys.value = torch.arange(2 * images, device=first.device)[part]
+        part = slice(block.start * images, block.stop * images)
+        trial_keys.value = torch.arange(len(batch), device=first.device)[part]
         with autocast:
-            output = trial(batch[part])
+            output = trial(aligned(batch[part]))
         for hook in hooks:
             hook.remove()
         logits = output.values() if isinstance(output, Mapping) else [output]
         # A loss that differs from pixel to pixel and depends on no other one.
         losses = [(x.float() * x.detach().float().sin()).sum() for out in logits for x in shards.split(out)]
         torch.stack(losses).sum().backward()
-        return calls, {n: p.grad.clone() for n, p in trial.named_parameters() if p.grad is not None}
+        sums = {}
+        for name, parameter in trial.named_parameters():
+            if parameter.grad is not None:
+                if not shards.adds(parameter):
+                    raise InputError(_refusal(f"the parameter {name}", "is used outside the layer that it belongs to"))
+                sums[name] = [parameter.grad.clone(), *shards.further_sums(parameter)]
+        return calls, sums
 
     with shards.computing(shards.block):
-        together, gradients = compute(slice(None))
+        together, gradients = compute(shards.block)
     buffers = {key: value.clone() for key, value in trial.named_buffers()}
-    alone, sums = [], []
-    for shard in range(2):
+    alone, sums, changed = [], [], {}
+    for block in BLOCKS:
         trial.load_state_dict(before)
         try:
-            with shards.alone(shard):
-                found, own = compute(slice(shard * images, (shard + 1) * images))
+            with shards.alone(block):
+                found, own = compute(block)
         except StopIteration:
-            raise InputError(_refusal("its layers", "run another number of times on one shard")) from None
+            raise InputError(_refusal("its layers", "run a different number of times on one shard")) from None
         alone.append(found)
         sums.append(own)
-        if shard == 0:
-            changed = {key: value.clone() for key, value in trial.named_buffers()}
+        changed = changed or {key: value.clone() for key, value in trial.named_buffers()}
     nothing = _Calls([], [])
     for name, whole in together.items():
         one, other = alone[0].get(name, nothing), alone[1].get(name, nothing)
         if _join(one.inputs, other.inputs, whole.inputs) and not _join(one.outputs, other.outputs, whole.outputs):
             title = _title(name, trial.get_submodule(name))
-            raise InputError(_refusal(title, "gives other bits for a sample when others are beside it"))
-    for name, gradient in gradients.items():
-        if not (name in sums[0] and name in sums[1] and _same(sums[0][name] + sums[1][name], gradient)):
-            raise InputError(_refusal(f"the parameter {name}", "gets other bits of gradient"))
+            fault = "computes different bits for a sample, depending on what else is in the batch"
+            raise InputError(_refusal(title, fault))
+    for name, (gradient,) in gradients.items():
+        if not all(name in own for own in sums) or not _same(_added([own[name] for own in sums]), gradient):
+            raise InputError(_refusal(f"the parameter {name}", "gets a gradient with different bits"))
     for name, value in buffers.items():
         if not _same(changed[name], value):
-            raise InputError(_refusal(f"the buffer {name}", "gets other bits"))
+            raise InputError(_refusal(f"the buffer {name}", "gets different bits"))
+
+
+def _added(sums: list[list[torch.Tensor]]) -> torch.Tensor:
+    """The blocks' sums, one for each subtree, added along the tree."""
+    tree = TreeSum(4)
+    for block, found in zip(BLOCKS, sums, strict=True):
+        for shards, value in zip(subtrees(block, 4), found, strict=True):
+            tree.push(shards, value)
+    return tree.nodes[0][1]
 
 
 class _Calls(NamedTuple):
@@ -236,7 +272,10 @@ def _join(one: list[torch.Tensor], other: list[torch.Tensor], whole: list[torch.
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+    """Bit for bit, so that -0 is not 0, and NaN equals itself."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def _title(name: str, module: nn.Module) -> str:

@@ -10,7 +10,8 @@ __getattr__, __all__ = door(
     console="Console score_line score_table",
     environment="environment_of versions",
     metrics_file="MetricsFile record_failure",
-    records="Record event is_sound read_foreign read_records read_summary resumed_steps rewind_metrics scores_name",
+    records="TIME_FORMAT Record event is_sound read_foreign read_records read_summary resumed_steps rewind_metrics "
+    "scores_name",
     tracker="Sample Scores Tracker Trackers",
     wandb_process="WandbStart credentials",
     wandb_tracker="WandbTracker",

@@ -196,8 +196,11 @@ def build_run(
         shards = Shards(train.shards, context.rank, context.size, DTYPES.get(train.gradient_compression))
         distributed.run_on_all_ranks(lambda: convert_shards(model, shards))
         if own:
-            images = train.batch_size // train.shards
-            distributed.run_on_all_ranks(lambda: examine_shards(model, sample_keys, size, images, precision.autocast()))
+            images = min(2, train.batch_size // train.shards)  # more tell nothing else
+            for tried in [size] if config.data.crop else [size, (61, 67)]:  # odd sizes have another way in kernels
+                distributed.run_on_all_ranks(
+                    lambda tried=tried: examine_shards(model, sample_keys, tried, images, precision.autocast())
+                )
     micro_batch, offload = accumulation(model, train.micro_batch, max(images_of_processes(train, context.size)))
     state = TrainingState(
         model=model,
@@ -222,7 +225,7 @@ def build_run(
 
 
 def _choose_kernels(config: Config, context: DistributedContext) -> None:
-    """Autotuned, deterministic where there are such, or with shards nothing else."""
+    """Autotuned kernels; or deterministic ones where there are some; or with shards only deterministic ones."""
     train = config.train
     fixed = train.deterministic or train.shards is not None
     if fixed:

@@ -110,9 +110,8 @@ def _losses(state: TrainingState, logits: torch.Tensor, labels: torch.Tensor, co
 
 def _gradient_norm(state: TrainingState) -> torch.Tensor:
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-    if state.shards and state.context.device.type == "cuda":
-        # Kernels there add in another order from an address that is not aligned, as inside a bucket of gradients.
-        gradients = [gradient.clone() for gradient in gradients]
+    if state.shards:  # inside a bucket of gradients, addresses are those of no other number of processes
+        gradients = list(map(distributed.aligned, gradients))
     return nn.utils.get_total_norm(gradients)
 
 

@@ -211,6 +211,17 @@ class Launched(subprocess.Popen):
         """Process id of a rank (its data-loader workers, which inherit its environment, came later)."""
         return min(pid for pid, variables in self.family().items() if f"RANK={rank}" in variables)
 
+    def left(self, seconds: float = 20) -> dict[int, str]:
+        """Command lines of the processes that are still alive after so long."""
+        deadline = time.monotonic() + seconds
+        while (family := self.family()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        found = {}
+        for pid in family:
+            with contextlib.suppress(OSError):
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return found
+
     def kill_all(self) -> None:
         """SIGKILL to every process; returns when none is left."""
         while family := self.family():
@@ -231,6 +242,8 @@ def started(
     watchdog.start()
     try:
         yield process
+        if process.poll() is not None:
+            assert not process.left(), "processes of a run that has ended"
     finally:
         watchdog.cancel()
         process.kill_all()

@@ -52,7 +52,7 @@ def test_a_run_leaves_what_the_design_names(tiny, tmp_path: Path) -> None:
     done = train(2, tiny(data__test="train", train__ema=0.9, checkpoint__every=5, eval__pictures=2))
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "checkpoints", "pictures", "summary.json", "log.txt", "heartbeat",
+        "config.yaml", "lock", "metrics.jsonl", "checkpoints", "pictures", "summary.json", "log.txt", "heartbeat",
         "scores_val.json", "scores_train.json", "report.html",
     }  # fmt: skip
     assert [record["step"] for record in records(folder, "train")] == list(range(1, 11))

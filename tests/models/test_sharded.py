@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models.segmentation import deeplabv3_resnet50
 
 from fcn import distributed
 from fcn.distributed import DistributedContext, Shards
 from fcn.errors import InputError
-from fcn.models import convert_dropout, convert_shards, convert_sync_batchnorm, examine_shards
+from fcn.models import build_model, convert_dropout, convert_shards, convert_sync_batchnorm, examine_shards
 from fcn.models.layers import DoublingConv2d
 from tests.dist.ranks import run_ranks
 
-SHARDS, OF_ONE, SIDE = 6, 2, 9
+SHARDS, OF_ONE, SIDE = 6, 2, 11
 
 
 class Doubled(nn.Module):
@@ -152,6 +154,30 @@ def test_the_numbers_are_those_of_the_whole_batch(name):
         torch.testing.assert_close(torch.from_numpy(found[key]), value.double(), rtol=1e-11, atol=1e-12)
 
 
+NETWORKS = {
+    "unet": lambda: build_model("unet", 5, width=6),
+    "linknet": lambda: build_model("linknet", 5),
+    "fcn_resnet18": lambda: build_model("fcn_resnet18", 5),
+    "fcn8s": lambda: build_model("fcn8s", 5, width=6),
+    "fcn8_kitti": lambda: build_model("fcn8_kitti", 5, width=6),
+    "deeplab": lambda: deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=5, aux_loss=True),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("size", [(49, 53), (61, 67)])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_whole_networks_of_odd_sizes_and_widths(name, size, layout):
+    """Where a shard begins at an address that kernels like less than that of the first one."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = NETWORKS[name]().to(memory_format=layout)
+    keys = convert_dropout(network)
+    convert_sync_batchnorm(network)
+    convert_shards(network, Shards(4))
+    examine_shards(network, keys, size, 1, contextlib.nullcontext())
+
+
 def every_layer(context: DistributedContext) -> dict[tuple, dict]:
     torch.use_deterministic_algorithms(True)
     found = {}
@@ -183,9 +209,10 @@ def test_outside_a_step_a_converted_layer_is_the_layer(name):
     layer, inputs, _ = make(name)
     with torch.no_grad():
         expected = layer.eval()(inputs[:3])
+        trained = copy.deepcopy(layer).train()(inputs)
         convert_shards(convert_sync_batchnorm(layer), Shards(SHARDS))
         assert torch.equal(layer(inputs[:3]), expected)
-        assert torch.equal(layer.train()(inputs), layer.train()(inputs))
+        assert torch.equal(layer.train()(inputs), trained)
 
 
 def test_without_sync_bn_each_shard_has_its_own_statistics_and_the_first_ones_are_kept():
@@ -254,6 +281,50 @@ class Counting(nn.Module):
         return x
 
 
+class Borrowing(Network):
+    """Reads a parameter of a layer inside."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.conv(images) * self.conv.weight.sum()
+
+
+class StoppedFirst(Network):
+    """Runs its layer without gradients before it runs it with them."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            weight = self.conv(images).sigmoid()
+        return self.conv(images) * weight.round()
+
+
+class Keyword(Network):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.conv(input=self.first(images))
+
+
+class FrozenNorm(Network):
+    """Keeps its BatchNorm in evaluation mode, as detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.BatchNorm2d(3))
+
+    def train(self, mode: bool = True) -> FrozenNorm:
+        super().train(mode)
+        self.first.eval()
+        return self
+
+
+class OwnReLU(nn.ReLU):
+    """A subclass of a layer that needs no shards, with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.rand(3, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.slope.exp()
+
+
 class Noisy(Network):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.conv(images + torch.rand_like(images))
@@ -294,14 +365,15 @@ def examined(network: nn.Module, sync_bn: bool = True) -> None:
 @pytest.mark.parametrize(
     ("network", "named"),
     [
-        (lambda: CentredInside(), "the network itself (CentredInside) gives other bits"),
-        (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), CentredInside()), "1 (CentredInside) gives other bits"),
+        (lambda: CentredInside(), "the network itself (CentredInside) computes different bits"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), CentredInside()), "1 (CentredInside) computes different bits"),
         (lambda: OwnParameter(), "the parameter offset belongs to the network itself (OwnParameter)"),
         (lambda: nn.Sequential(OwnParameter()), "the parameter 0.offset belongs to 0 (OwnParameter)"),
-        (lambda: Network(Counting()), "the buffer first.seen gets other bits"),
-        (lambda: Noisy(), "gives other bits"),
-        (lambda: ChannelsFirst(), "a Linear has another first dimension"),
-        (lambda: Unpacked(), "a Pair returns tuple, no tensor"),
+        (lambda: Network(Counting()), "the buffer first.seen gets different bits"),
+        (lambda: Borrowing(), "the parameter conv.weight "),
+        (lambda: Noisy(), "computes different bits"),
+        (lambda: ChannelsFirst(), "a Linear got a tensor whose first dimension is not that of the batch"),
+        (lambda: Unpacked(), "a Pair returns tuple, not a tensor"),
         (lambda: Network(nn.InstanceNorm2d(3, track_running_stats=True)), "the buffer first.running_mean"),
     ],
 )
@@ -319,6 +391,10 @@ def test_what_mixes_samples_is_refused_by_name(network, named):
         lambda: Network(Centred()),  # alone in a layer it sees one shard
         lambda: Network(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Dropout(0.5), nn.GELU())),
         lambda: Network(Scale3()),
+        lambda: StoppedFirst(),
+        lambda: Keyword(),
+        lambda: FrozenNorm(),
+        lambda: Network(OwnReLU()),
     ],
 )
 @pytest.mark.parametrize("sync_bn", [True, False])

@@ -1,0 +1,81 @@
+"""One run at a time in a run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from fcn import distributed
+from fcn.errors import InputError
+from fcn.files import must_be_writable
+from fcn.tracking import TIME_FORMAT
+from fcn.training.run import Run
+
+LOCK = "lock"
+PATIENCE_S = 30
+"""How long a run waits for one that may be about to leave, such as the same one before it was started again."""
+
+
+@contextlib.contextmanager
+def lock_run_dir(run: Run) -> Iterator[None]:
+    """Inside, no other run can use this run's directory; rank 0 holds a lock on a file there.
+
+    The kernel gives the lock back when the process ends, however it ends, and an NFS server does so for a machine that
+    is gone. A file system that has no locks is used without.
+
+    Raises:
+        InputError: on every rank, if another run is there and does not end soon.
+    """
+    patience = min(PATIENCE_S, run.config.train.timeout / 2)
+    file = distributed.run_on_all_ranks(lambda: _lock(run, patience) if run.context.rank == 0 else None)
+    try:
+        yield
+    finally:
+        if file:
+            file.close()
+
+
+def _lock(run: Run, patience: float) -> BinaryIO | None:
+    with must_be_writable(f"run_dir: {run.folder}"):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        file = (run.folder / LOCK).open("ab+")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.2)
+                continue
+            file.close()
+            raise InputError(
+                f"{run.folder}: another run is there{_holder(run.folder / LOCK)}; stop it first, or choose another "
+                f"run_dir"
+            ) from None
+        except OSError:  # this file system has no locks
+            file.close()
+            return None
+        break
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "job": run.context.job, "since": time.strftime(TIME_FORMAT)}
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        file.truncate(0)
+        file.write(json.dumps(me).encode() + b"\n")
+        file.flush()
+    return file
+
+
+def _holder(path: Path) -> str:
+    """Who says in the file that it holds the lock."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        job = f", SLURM job {found['job']}" if found["job"] else ""
+        return f": process {found['pid']} on {found['host']}{job}, since {found['since']}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
