@@ -101,7 +101,7 @@ def examine(
         )
     if sync_bn and (norms := [name for name, module in network.named_modules() if _unsynchronised(module)]):
         notes.append(
-            f"batch statistics of {_some(norms)} are each process's own: only nn.BatchNorm2d itself is converted"
+            f"batch statistics of {_some(norms)} are not those of the global batch: only nn.BatchNorm2d is converted"
         )
     return notes
 

@@ -321,7 +321,7 @@ class Line(nn.BatchNorm1d):
 @pytest.mark.parametrize("norm", [Own, Volume, Line])
 def test_batch_statistics_that_stay_each_process_own_are_noted_where_they_matter(norm):
     (note,) = tried(Net(nn.Sequential(nn.ReLU(), norm(8))))
-    assert "batch statistics of inner.1 are each process's own" in note
+    assert "batch statistics of inner.1 are not those of the global batch" in note
     assert tried(Net(norm(8)), sync_bn=False) == []
 
 
