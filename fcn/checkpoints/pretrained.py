@@ -16,14 +16,16 @@ from fcn.errors import InputError
 
 Tensors = dict[str, torch.Tensor]
 COUNTER = ".num_batches_tracked"
+WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network", "params")
+"""Keys under which training programs keep a state dict beside other things; the first that is there counts."""
 
 
 def load_pretrained(model: nn.Module, name: str, weights: str, num_classes: int) -> list[str]:
     """Copy pretrained weights into a network of `fcn.models` or a user's own.
 
     It accepts fcn's checkpoints; state dicts with the network's own names (torchvision's, for the ResNet FCNs), also
-    inside {"model": …} and with the prefixes of DistributedDataParallel and torch.compile; and torchvision's
-    classification networks, for their trunk. A file must contain every tensor of the network, or of the trunk. Only
+    inside {"model": …} or other `WRAPPERS`, and with the prefixes of DistributedDataParallel and torch.compile; and
+    torchvision's classification networks, for their trunk. A file must contain every tensor of the network, or of the trunk. Only
     heads may differ: those whose shape depends on the number of classes, and the auxiliary one.
 
     Args:
@@ -39,7 +41,7 @@ def load_pretrained(model: nn.Module, name: str, weights: str, num_classes: int)
         InputError: the weights do not exist or do not fit; the message lists names and shapes.
     """
     own = model.state_dict()
-    source, found = _read(name, weights, own)
+    source, found, unwrapped = _read(name, weights, own)
     found, trunk, left_out = _in_the_networks_names(found, own, source)
     wanted = [key for key in own if key.startswith(trunk)]
     reshaped = [key for key in wanted if key in found and found[key].shape != own[key].shape]
@@ -65,6 +67,8 @@ def load_pretrained(model: nn.Module, name: str, weights: str, num_classes: int)
         for key in taken:
             own[key].copy_(found[key])
     lines = [f"weights from {source}: {len(taken)} of {len(own)} tensors"]
+    if unwrapped:
+        lines.append(f"taken from the file's {', '.join(unwrapped)}")
     if heads:
         lines.append(
             f"head re-initialised for {num_classes} classes, the file has {file_classes}: {_named(own, heads)}"
@@ -81,8 +85,8 @@ def load_pretrained(model: nn.Module, name: str, weights: str, num_classes: int)
     return lines
 
 
-def _read(name: str, weights: str, own: Tensors) -> tuple[str, Tensors]:
-    """(name of the weights for messages, their tensors)."""
+def _read(name: str, weights: str, own: Tensors) -> tuple[str, Tensors, list[str]]:
+    """(name of the weights for messages, their tensors, what was taken off around them)."""
     if weights in PRETRAINED:
         enum = PRETRAINED[weights][name]
         from torchvision.models import get_weight
@@ -100,7 +104,7 @@ def _read(name: str, weights: str, own: Tensors) -> tuple[str, Tensors]:
             content = load_checkpoint(path)  # verified by its checksum
     except InputError as error:
         raise InputError(f"model.weights: {error}") from None
-    return source, _tensors(path, content, own)
+    return source, *_tensors(path, content, own)
 
 
 def _downloaded(enum: str, url: str) -> Path:
@@ -120,9 +124,11 @@ def _downloaded(enum: str, url: str) -> Path:
     return path
 
 
-def _tensors(path: Path, content: object, own: Tensors) -> Tensors:
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content["model"]
+def _tensors(path: Path, content: object, own: Tensors) -> tuple[Tensors, list[str]]:
+    unwrapped = []
+    while isinstance(content, Mapping) and (key := next((k for k in WRAPPERS if _wraps(content, k)), None)):
+        unwrapped += [repr(key)] if "format" not in content else []  # fcn's own checkpoints are no surprise
+        content = content[key]
     tensors = dict(content) if isinstance(content, Mapping) else {}
     named = all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items())
     if not tensors or not named:
@@ -139,7 +145,12 @@ def _tensors(path: Path, content: object, own: Tensors) -> Tensors:
     prefixes = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile, in either order
     while prefix := next((p for p in prefixes if _all_have(p, tensors) and not _all_have(p, own)), None):
         tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-    return tensors
+        unwrapped.append(f"names without {prefix!r}")
+    return tensors, unwrapped
+
+
+def _wraps(content: Mapping, key: str) -> bool:
+    return isinstance(content.get(key), Mapping)
 
 
 def _all_have(prefix: str, tensors: Tensors) -> bool:

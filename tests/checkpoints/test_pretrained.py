@@ -308,6 +308,11 @@ def test_file_without_auxiliary_head_leaves_it_fresh(save, coco: Tensors) -> Non
 WRAPPINGS = {
     "as it is": lambda state: state,
     "under model": lambda state: {"model": state, "epoch": 7},
+    **{
+        f"under {key}": lambda state, key=key: {"epoch": 7, key: state, "optimizer": {"state": {}}}
+        for key in ("state_dict", "model_state_dict", "net", "network", "params")
+    },
+    "twice wrapped": lambda state: {"state_dict": {"model": {f"module.{k}": t for k, t in state.items()}}},
     "DistributedDataParallel": lambda state: {f"module.{key}": tensor for key, tensor in state.items()},
     "torch.compile": lambda state: {f"_orig_mod.{key}": tensor for key, tensor in state.items()},
     "DistributedDataParallel of torch.compile": lambda state: {f"module._orig_mod.{k}": t for k, t in state.items()},
@@ -320,8 +325,18 @@ WRAPPINGS = {
 def test_file_of_the_same_network_is_loaded_completely(save, wrap) -> None:
     file = copied(randomised(unet()))
     model, path = unet(), save(wrap(file))
-    assert load_pretrained(model, "unet", path, 3) == [f"weights from {path}: {len(file)} of {len(file)} tensors"]
+    first, *rest = load_pretrained(model, "unet", path, 3)
+    assert first == f"weights from {path}: {len(file)} of {len(file)} tensors"
+    assert len(rest) == (wrap is not WRAPPINGS["as it is"])
+    assert all(line.startswith("taken from the file's ") for line in rest)
     assert_equal(model.state_dict(), file)
+
+
+def test_a_line_says_what_was_unwrapped(save) -> None:
+    path = save(WRAPPINGS["twice wrapped"](copied(randomised(unet()))))
+    assert load_pretrained(unet(), "unet", path, 3)[1] == (
+        "taken from the file's 'state_dict', 'model', names without 'module.'"
+    )
 
 
 class Wrapped(nn.Module):
