@@ -25,8 +25,8 @@ def load_pretrained(model: nn.Module, name: str, weights: str, num_classes: int)
 
     It accepts fcn's checkpoints; state dicts with the network's own names (torchvision's, for the ResNet FCNs), also
     inside {"model": …} or other `WRAPPERS`, and with the prefixes of DistributedDataParallel and torch.compile; and
-    torchvision's classification networks, for their trunk. A file must contain every tensor of the network, or of the trunk. Only
-    heads may differ: those whose shape depends on the number of classes, and the auxiliary one.
+    torchvision's classification networks, for their trunk. A file must contain every tensor of the network, or of the
+    trunk. Only heads may differ: those whose shape depends on the number of classes, and the auxiliary one.
 
     Args:
         model: changed in place, after all checks have passed.
