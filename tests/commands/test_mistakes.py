@@ -198,7 +198,7 @@ MISTAKES = {
     "another model in the same folder": (
         nothing, TRAIN, f"{AGAIN} {TINY} model.width=4",
         "{run}/checkpoints/step_00000001.pt: this checkpoint belongs to another run: model.width: 2 → 4; set these "
-        "keys back to resume, or give the new run its own run_dir",
+        "back to resume, or give the new run its own run_dir",
     ),
     "a second run where one is": (
         nothing, TRAIN, AGAIN + " resume=never",
