@@ -47,13 +47,14 @@ def test_every_batchnorm_is_converted():
     assert kinds == [SyncBatchNorm2d] * (1 + 16 + 3 + 12 + 2)
 
 
-def test_only_batchnorm2d_itself_is_converted():
+def test_only_batchnorm2d_itself_and_pytorch_s_synchronised_one_are_converted():
     class Own(nn.BatchNorm2d):
         pass
 
-    kinds = [Own, nn.BatchNorm1d, nn.BatchNorm3d, nn.InstanceNorm2d, nn.SyncBatchNorm]
+    kinds = [Own, nn.BatchNorm1d, nn.BatchNorm3d, nn.InstanceNorm2d]
     converted = convert_sync_batchnorm(nn.ModuleList(kind(2) for kind in kinds))
     assert [type(module) for module in converted] == kinds
+    assert type(convert_sync_batchnorm(nn.Sequential(nn.SyncBatchNorm(2)))[0]) is SyncBatchNorm2d
 
 
 @pytest.mark.parametrize("training", [True, False])
