@@ -248,7 +248,7 @@ def train(processes: int, data: Path, precision: str, steps: int, workers: int, 
 def train_stock(processes: int, data: Path, steps: int, folder: Path) -> dict[str, list[float]]:
     folder.mkdir(parents=True)
     output = folder / "end.pt"
-    run(processes, "-m", "benchmarks.stock_ddp", str(data), str(output), str(steps))
+    run(processes, "-m", "benchmarks.stock_ddp", str(data), str(output), str(steps), timeout_s=1800)
     return torch.load(output, weights_only=True)
 
 
