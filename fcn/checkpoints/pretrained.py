@@ -18,6 +18,8 @@ Tensors = dict[str, torch.Tensor]
 COUNTER = ".num_batches_tracked"
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network", "params")
 """Keys under which training programs keep a state dict beside other things; the first that is there counts."""
+MOST_WRAPPERS = 4
+"""One around the other; a file may hold a dict that contains itself."""
 
 
 def load_pretrained(model: nn.Module, name: str, weights: str, num_classes: int) -> list[str]:
@@ -126,9 +128,13 @@ def _downloaded(enum: str, url: str) -> Path:
 
 def _tensors(path: Path, content: object, own: Tensors) -> tuple[Tensors, list[str]]:
     unwrapped = []
-    while isinstance(content, Mapping) and (key := next((k for k in WRAPPERS if _wraps(content, k)), None)):
-        unwrapped += [repr(key)] if "format" not in content else []  # fcn's own checkpoints are no surprise
-        content = content[key]
+    for _ in range(MOST_WRAPPERS):
+        found = content if isinstance(content, Mapping) else {}
+        key = next((key for key in WRAPPERS if isinstance(found.get(key), Mapping)), None)
+        if key is None:
+            break
+        unwrapped += [repr(key)] if "format" not in found else []  # fcn's own checkpoints are no surprise
+        content = found[key]
     tensors = dict(content) if isinstance(content, Mapping) else {}
     named = all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items())
     if not tensors or not named:
@@ -147,10 +153,6 @@ def _tensors(path: Path, content: object, own: Tensors) -> tuple[Tensors, list[s
         tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
         unwrapped.append(f"names without {prefix!r}")
     return tensors, unwrapped
-
-
-def _wraps(content: Mapping, key: str) -> bool:
-    return isinstance(content.get(key), Mapping)
 
 
 def _all_have(prefix: str, tensors: Tensors) -> bool:

@@ -158,10 +158,9 @@ def _cross_checks(parsed: Mapping[str, Any], source: str, world_size: int) -> li
     if size % world_size and not uneven and not parsed.get("train.shards"):
         below = size // world_size * world_size
         multiples = " or ".join(str(fit) for fit in (below, below + world_size) if fit)
-        divisors = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
         found.append(
             f"{source}: train.batch_size: found {size}, which {world_size} processes cannot share equally; "
-            f"accepted: a multiple of {world_size}, such as {multiples}; or start {divisors} processes; "
+            f"accepted: a multiple of {world_size}, such as {multiples}; or start {_divisors(size)} processes; "
             f"or set train.uneven=true"
         )
     if size < world_size and uneven and not parsed.get("train.sync_bn", True):
@@ -184,6 +183,10 @@ def _cross_checks(parsed: Mapping[str, Any], source: str, world_size: int) -> li
     return found
 
 
+def _divisors(number: int, least: int = 1) -> str:
+    return ", ".join(str(n) for n in range(least, number + 1) if number % n == 0)
+
+
 def _shard_checks(parsed: Mapping[str, Any], source: str, world_size: int) -> list[str]:
     """What `train.shards` asks of the batch, the processes and other keys."""
     shards = parsed.get("train.shards")
@@ -192,10 +195,9 @@ def _shard_checks(parsed: Mapping[str, Any], source: str, world_size: int) -> li
     found: list[str] = []
     size, micro_batch = parsed.get("train.batch_size", shards), parsed.get("train.micro_batch")
     if size % shards:
-        divisors = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
         found.append(
             f"{source}: train.shards: found {shards}, which does not divide train.batch_size={size}; "
-            f"accepted: {divisors}"
+            f"accepted: {_divisors(size)}"
         )
     elif micro_batch and micro_batch < size // shards:
         found.append(
@@ -203,7 +205,7 @@ def _shard_checks(parsed: Mapping[str, Any], source: str, world_size: int) -> li
             f"accepted: {size // shards} or more, or more train.shards"
         )
     if world_size > shards:
-        fitting = ", ".join(str(n) for n in range(world_size, size + 1) if size % n == 0) or "a larger train.batch_size"
+        fitting = _divisors(size, world_size) or "a larger train.batch_size"
         found.append(
             f"{source}: train.shards: found {shards} for {world_size} processes; accepted: {fitting}; or start at most "
             f"{plural(shards, 'process', 'processes')}"

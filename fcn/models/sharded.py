@@ -169,85 +169,118 @@ def examine_shards(
     Raises:
         InputError: the bits differ; it names the first layer that mixes samples, or the parameter or buffer.
     """
-    trial, trial_keys = copy.deepcopy((network, keys))
-    shards = _TrialShards()
-    for module in trial.modules():
-        if hasattr(module, "shards"):
-            module.shards = shards
-    trial.train()
-    first = next((p for p in trial.parameters() if p.ndim == 4), next(trial.parameters()))
-    generator = torch.Generator().manual_seed(0)
-    batch = torch.rand(shards.count * images, 3, *size, generator=generator).to(first.device, first.dtype)
-    if first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last):
-        batch = batch.contiguous(memory_format=torch.channels_last)
-    # Weights that are zero, such as those of FCN's score layers, would hide what comes before them.
-    for parameter in trial.parameters():
-        if parameter.requires_grad and not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
-    before = {key: value.clone() for key, value in trial.state_dict().items()}
+    trial = _Trial(network, keys, size, images, autocast)
+    with trial.shards.computing(trial.shards.block):
+        whole = trial.compute(trial.shards.block)
+    alone = []
+    for block in BLOCKS:
+        try:
+            with trial.shards.alone(block):
+                alone.append(trial.compute(block))
+        except StopIteration:
+            raise InputError(_refusal("its layers", "run a different number of times on one shard")) from None
+    nothing = _Calls([], [])
+    for name, together in whole.calls.items():
+        one, other = (part.calls.get(name, nothing) for part in alone)
+        same_inputs = _join(one.inputs, other.inputs, together.inputs)
+        if same_inputs and not _join(one.outputs, other.outputs, together.outputs):
+            title = _title(name, network.get_submodule(name))
+            fault = "computes different bits for a sample, depending on what else is in the batch"
+            raise InputError(_refusal(title, fault))
+    for name, (gradient,) in whole.sums.items():
+        sums = [part.sums.get(name) for part in alone]
+        if None in sums or not _same(_added(sums), gradient):
+            raise InputError(_refusal(f"the parameter {name}", "gets a gradient with different bits"))
+    for name, value in whole.buffers.items():
+        if not _same(alone[0].buffers[name], value):
+            raise InputError(_refusal(f"the buffer {name}", "gets different bits"))
 
-    def compute(block: range) -> tuple[dict[str, _Calls], dict[str, list[torch.Tensor]]]:
-        """(calls of each layer, by name, those inside before what they are part of; sums of gradients, one for each
-        subtree), of the shards of a block."""
+
+class _Calls(NamedTuple):
+    """Of one layer, the tensors of all its calls."""
+
+    inputs: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+
+
+class _Outcome(NamedTuple):
+    calls: dict[str, _Calls]
+    """By name; layers inside come before what they are part of."""
+    sums: dict[str, list[torch.Tensor]]
+    """The gradient of each parameter, one sum for each subtree."""
+    buffers: dict[str, torch.Tensor]
+
+
+class _Trial:
+    """A copy of a network that computes some of four shards, always from the same state."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        keys: SampleKeys,
+        size: tuple[int, int],
+        images: int,
+        autocast: contextlib.AbstractContextManager,
+    ) -> None:
+        self.network, self.keys = copy.deepcopy((network, keys))
+        self.shards, self.images, self.autocast = _TrialShards(), images, autocast
+        for module in self.network.modules():
+            if hasattr(module, "shards"):
+                module.shards = self.shards
+        self.network.train()
+        first = next((p for p in network.parameters() if p.ndim == 4), next(network.parameters()))
+        generator = torch.Generator().manual_seed(0)
+        batch = torch.rand(self.shards.count * images, 3, *size, generator=generator).to(first.device, first.dtype)
+        channels_last = first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last)
+        self.batch = batch.contiguous(memory_format=torch.channels_last) if channels_last else batch
+        # Weights that are zero, such as those of FCN's score layers, would hide what comes before them.
+        for parameter in self.network.parameters():
+            if parameter.requires_grad and not parameter.any():
+                nn.init.normal_(parameter, std=0.1)
+        self.before = {key: value.clone() for key, value in self.network.state_dict().items()}
+
+    def compute(self, block: range) -> _Outcome:
+        """Forward and backward of the shards of a block.
+
+        Raises:
+            InputError: a parameter has a gradient that its layer's shards do not account for.
+        """
+        self.network.load_state_dict(self.before)
+        self.network.zero_grad(set_to_none=True)
+        torch.manual_seed(0)
+        part = slice(block.start * self.images, block.stop * self.images)
+        self.keys.value = torch.arange(len(self.batch), device=self.batch.device)[part]
         calls: dict[str, _Calls] = {}
+        with self._noting(calls), self.autocast:
+            output = self.network(aligned(self.batch[part]))
+        logits = output.values() if isinstance(output, Mapping) else [output]
+        # A loss that differs from pixel to pixel and depends on no other one.
+        losses = [(x.float() * x.detach().float().sin()).sum() for out in logits for x in self.shards.split(out)]
+        torch.stack(losses).sum().backward()
+        sums = {}
+        for name, parameter in self.network.named_parameters():
+            if parameter.grad is not None:
+                if not self.shards.adds(parameter):
+                    raise InputError(_refusal(f"the parameter {name}", "is used outside the layer that it belongs to"))
+                sums[name] = [parameter.grad.clone(), *self.shards.further_sums(parameter)]
+        return _Outcome(calls, sums, {key: value.clone() for key, value in self.network.named_buffers()})
+
+    @contextlib.contextmanager
+    def _noting(self, calls: dict[str, _Calls]) -> Iterator[None]:
+        """Inside, `calls` gets what goes into and comes out of every layer."""
 
         def note(name: str, inputs: tuple, output: Any) -> None:
             found = output.values() if isinstance(output, Mapping) else [output]
-            calls.setdefault(name, _Calls([], []))
-            for kept, values in zip(calls[name], (inputs, found), strict=True):
+            for kept, values in zip(calls.setdefault(name, _Calls([], [])), (inputs, found), strict=True):
                 kept.extend(x.detach().clone() for x in values if isinstance(x, torch.Tensor) and x.ndim)
 
         hooks = [
             module.register_forward_hook(lambda _, inputs, output, name=name: note(name, inputs, output))
-            for name, module in trial.named_modules()
+            for name, module in self.network.named_modules()
         ]
-        trial.zero_grad(set_to_none=True)
-        torch.manual_seed(0)
-        part = slice(block.start * images, block.stop * images)
-        trial_keys.value = torch.arange(len(batch), device=first.device)[part]
-        with autocast:
-            output = trial(aligned(batch[part]))
+        yield
         for hook in hooks:
             hook.remove()
-        logits = output.values() if isinstance(output, Mapping) else [output]
-        # A loss that differs from pixel to pixel and depends on no other one.
-        losses = [(x.float() * x.detach().float().sin()).sum() for out in logits for x in shards.split(out)]
-        torch.stack(losses).sum().backward()
-        sums = {}
-        for name, parameter in trial.named_parameters():
-            if parameter.grad is not None:
-                if not shards.adds(parameter):
-                    raise InputError(_refusal(f"the parameter {name}", "is used outside the layer that it belongs to"))
-                sums[name] = [parameter.grad.clone(), *shards.further_sums(parameter)]
-        return calls, sums
-
-    with shards.computing(shards.block):
-        together, gradients = compute(shards.block)
-    buffers = {key: value.clone() for key, value in trial.named_buffers()}
-    alone, sums, changed = [], [], {}
-    for block in BLOCKS:
-        trial.load_state_dict(before)
-        try:
-            with shards.alone(block):
-                found, own = compute(block)
-        except StopIteration:
-            raise InputError(_refusal("its layers", "run a different number of times on one shard")) from None
-        alone.append(found)
-        sums.append(own)
-        changed = changed or {key: value.clone() for key, value in trial.named_buffers()}
-    nothing = _Calls([], [])
-    for name, whole in together.items():
-        one, other = alone[0].get(name, nothing), alone[1].get(name, nothing)
-        if _join(one.inputs, other.inputs, whole.inputs) and not _join(one.outputs, other.outputs, whole.outputs):
-            title = _title(name, trial.get_submodule(name))
-            fault = "computes different bits for a sample, depending on what else is in the batch"
-            raise InputError(_refusal(title, fault))
-    for name, (gradient,) in gradients.items():
-        if not all(name in own for own in sums) or not _same(_added([own[name] for own in sums]), gradient):
-            raise InputError(_refusal(f"the parameter {name}", "gets a gradient with different bits"))
-    for name, value in buffers.items():
-        if not _same(changed[name], value):
-            raise InputError(_refusal(f"the buffer {name}", "gets different bits"))
 
 
 def _added(sums: list[list[torch.Tensor]]) -> torch.Tensor:
@@ -257,11 +290,6 @@ def _added(sums: list[list[torch.Tensor]]) -> torch.Tensor:
         for shards, value in zip(subtrees(block, 4), found, strict=True):
             tree.push(shards, value)
     return tree.nodes[0][1]
-
-
-class _Calls(NamedTuple):
-    inputs: list[torch.Tensor]
-    outputs: list[torch.Tensor]
 
 
 def _join(one: list[torch.Tensor], other: list[torch.Tensor], whole: list[torch.Tensor]) -> bool:

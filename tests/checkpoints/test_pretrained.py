@@ -339,6 +339,13 @@ def test_a_line_says_what_was_unwrapped(save) -> None:
     )
 
 
+def test_a_dict_that_contains_itself_ends(save) -> None:
+    endless: dict = {"epoch": 7}
+    endless["model"] = endless
+    with pytest.raises(InputError, match="holds no weights"):
+        load_pretrained(unet(), "unet", save(endless), 3)
+
+
 class Wrapped(nn.Module):
     """A user's own network whose names begin as DistributedDataParallel's do."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import textwrap
@@ -209,8 +208,9 @@ def test_a_config_that_is_no_config_gets_one_line(tmp_path, monkeypatch, config)
     monkeypatch.chdir(tmp_path)
     write_foreign(tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(config)
-    with contextlib.suppress(InputError):
+    with pytest.raises(InputError, match="cannot be read") as refused:
         call(["compare", "run", "run"])
+    assert "\n" not in str(refused.value)
     call(["status", "run"])
     call(["report", "run"])
     assert not (tmp_path / "marker").exists()

@@ -37,11 +37,9 @@ def test_a_second_run_is_refused_by_the_name_of_the_first(tiny, tmp_path):
         first.kill_all()
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "another run" not in log
-    assert log.count("\n" + log.splitlines()[0][:10]) and log.count("no checkpoint, from the beginning") == 1
-    began = time.monotonic()
+    assert log.count("no checkpoint, from the beginning") == 1
     run(1, "train_ddp.py", "--config", config, "train.steps=6")  # the first one is dead: its lock is free
     assert "resuming at step" in (tmp_path / "run" / "log.txt").read_text()
-    assert time.monotonic() - began < 60
 
 
 def test_a_run_that_is_about_to_leave_is_waited_for(tiny, tmp_path):

@@ -8,7 +8,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torchvision.models.segmentation import deeplabv3_resnet50
 
 from fcn import distributed
@@ -46,9 +45,9 @@ class Tied(nn.Module):
 class Scale(nn.Module):
     """Somebody's own layer with a parameter."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 4) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.rand(4, 1, 1))
+        self.gamma = nn.Parameter(torch.rand(channels, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.gamma.exp()
@@ -390,7 +389,7 @@ def test_what_mixes_samples_is_refused_by_name(network, named):
         lambda: Network(),
         lambda: Network(Centred()),  # alone in a layer it sees one shard
         lambda: Network(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Dropout(0.5), nn.GELU())),
-        lambda: Network(Scale3()),
+        lambda: Network(Scale(3)),
         lambda: StoppedFirst(),
         lambda: Keyword(),
         lambda: FrozenNorm(),
@@ -403,12 +402,3 @@ def test_what_treats_each_shard_by_itself_is_accepted(network, sync_bn):
     before = {key: value.clone() for key, value in network.state_dict().items()}
     examined(network, sync_bn)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
-
-
-class Scale3(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.rand(3, 1, 1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.softplus(x * self.gamma)
