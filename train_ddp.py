@@ -22,6 +22,7 @@ from fcn.arguments import Parser
 
 if TYPE_CHECKING:
     from fcn.distributed import DistributedContext, StopFlag
+    from fcn.tracking import Console
     from fcn.training import Run
 
 NOT_SAVED, PREEMPTED = 74, 75
@@ -51,14 +52,14 @@ def train(args: argparse.Namespace, context: DistributedContext) -> int:
     splits = distributed.run_on_all_ranks(lambda: training.open_splits(cfg))
     run, notes = training.build_run(cfg, context, splits)
     training.require_equal_data(run)
-    with training.lock_run_dir(run):
-        return carry_out(args, run, notes, stop)
+    console = distributed.run_on_all_ranks(lambda: training.open_console(run))
+    with training.lock_run_dir(run, console):
+        return carry_out(args, run, console, notes, stop)
 
 
-def carry_out(args: argparse.Namespace, run: Run, notes: Sequence[str], stop: StopFlag) -> int:
+def carry_out(args: argparse.Namespace, run: Run, console: Console, notes: Sequence[str], stop: StopFlag) -> int:
     """Start or resume a run and train; say how it ended."""
     cfg, context = run.config, run.context
-    console = distributed.run_on_all_ranks(lambda: training.open_console(run))
     stop.say = console.line
     args.record_failure = lambda text: tracking.record_failure(run.folder, text)
     training.start_or_resume(run, console)

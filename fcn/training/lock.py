@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -15,26 +16,28 @@ from typing import BinaryIO
 from fcn import distributed
 from fcn.errors import InputError
 from fcn.files import must_be_writable
-from fcn.tracking import TIME_FORMAT
+from fcn.tracking import TIME_FORMAT, Console
 from fcn.training.run import Run
 
 LOCK = "lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""How file systems say that they have none."""
 PATIENCE_S = 30
 """How long a run waits for one that may be about to leave, such as the same one before it was started again."""
 
 
 @contextlib.contextmanager
-def lock_run_dir(run: Run) -> Iterator[None]:
+def lock_run_dir(run: Run, console: Console) -> Iterator[None]:
     """Inside, no other run can use this run's directory; rank 0 holds a lock on a file there.
 
     The kernel gives the lock back when the process ends, however it ends, and an NFS server does so for a machine that
-    is gone. A file system that has no locks is used without.
+    is gone. A file system that has no locks is used without, after a warning.
 
     Raises:
         InputError: on every rank, if another run is there and does not end soon.
     """
     patience = min(PATIENCE_S, run.config.train.timeout / 2)
-    file = distributed.run_on_all_ranks(lambda: _lock(run, patience) if run.context.rank == 0 else None)
+    file = distributed.run_on_all_ranks(lambda: _lock(run, console, patience) if run.context.rank == 0 else None)
     try:
         yield
     finally:
@@ -42,9 +45,8 @@ def lock_run_dir(run: Run) -> Iterator[None]:
             file.close()
 
 
-def _lock(run: Run, patience: float) -> BinaryIO | None:
+def _lock(run: Run, console: Console, patience: float) -> BinaryIO | None:
     with must_be_writable(f"run_dir: {run.folder}"):
-        run.folder.mkdir(parents=True, exist_ok=True)
         file = (run.folder / LOCK).open("ab+")
     deadline = time.monotonic() + patience
     while True:
@@ -59,8 +61,14 @@ def _lock(run: Run, patience: float) -> BinaryIO | None:
                 f"{run.folder}: another run is there{_holder(run.folder / LOCK)}; stop it first, or choose another "
                 f"run_dir"
             ) from None
-        except OSError:  # this file system has no locks
+        except OSError as error:
             file.close()
+            if error.errno not in NO_LOCKS:
+                raise
+            console.warning(
+                f"{run.folder}: this file system has no locks ({error.strerror}); make sure that no other run "
+                f"uses this directory"
+            )
             return None
         break
     me = {"host": socket.gethostname(), "pid": os.getpid(), "job": run.context.job, "since": time.strftime(TIME_FORMAT)}

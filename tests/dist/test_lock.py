@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 import re
 import time
 from pathlib import Path
@@ -12,7 +14,8 @@ import pytest
 from fcn.config import load_config
 from fcn.distributed import DistributedContext
 from fcn.errors import InputError
-from fcn.training import build_run, lock_run_dir, open_splits
+from fcn.tracking import Console
+from fcn.training import build_run, lock_run_dir, open_console, open_splits
 from tests.cli import ALONE
 from tests.dist.ranks import run, run_ranks, started, wait_for_line
 
@@ -58,7 +61,7 @@ def race(config: str, start, results) -> None:
     prepared, _ = build_run(cfg, ALONE, open_splits(cfg))
     start.wait()
     try:
-        with lock_run_dir(prepared):
+        with lock_run_dir(prepared, open_console(prepared)):
             results.put("held")
             time.sleep(8)
     except InputError as error:
@@ -84,7 +87,7 @@ def test_one_of_twenty_gets_the_directory(tiny, rounds):
 def refused(context: DistributedContext, config: str) -> str:
     cfg = load_config(config, [])
     prepared, _ = build_run(cfg, context, open_splits(cfg))
-    with pytest.raises(InputError, match="another run is there") as error, lock_run_dir(prepared):
+    with pytest.raises(InputError, match="another run is there") as error, lock_run_dir(prepared, Console.silent()):
         raise AssertionError("nobody gets here")
     return str(error.value)
 
@@ -93,7 +96,21 @@ def test_every_rank_is_refused(tiny):
     config = tiny(train__timeout=2)
     cfg = load_config(config, [])
     mine, _ = build_run(cfg, ALONE, open_splits(cfg))
-    with lock_run_dir(mine):
+    with lock_run_dir(mine, open_console(mine)):
         assert len(set(run_ranks(3, refused, config))) == 1
-    with lock_run_dir(mine):  # and it is free again
+    with lock_run_dir(mine, open_console(mine)):  # and it is free again
         assert (Path(cfg.run_dir) / "lock").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_a_warning(tiny, monkeypatch, number):
+    """What the kernel answers there; no such file system is at hand."""
+
+    def flock(*_) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    config = tiny()
+    prepared, _ = build_run(load_config(config, []), ALONE, open_splits(load_config(config, [])))
+    with lock_run_dir(prepared, open_console(prepared)):
+        assert f"this file system has no locks ({os.strerror(number)})" in (prepared.folder / "log.txt").read_text()
