@@ -128,7 +128,7 @@ class Shards:
     def copies(self, parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """One view of a parameter for each shard; its gradient is the sum of theirs, along the tree.
 
-        If the shards of this process are no single subtree, the gradient is the sum of the first one, and
+        If the shards of this process do not form a single subtree, the gradient is the sum of the first one, and
         `further_sums` has the others. If they are computed in several passes, the last one gives the gradient.
         """
         assert self.now is not None

@@ -147,7 +147,7 @@ class _TrialShards(Shards):
 
 
 BLOCKS = (range(1), range(1, 4))
-"""As two processes would hold the four shards of the trial; the second block is no single subtree."""
+"""As two processes would hold the four shards of the trial; the second block does not form a single subtree."""
 
 
 def examine_shards(
