@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 train_ddp.py --config configs/linknet_camvid.yaml [KEY=VALUE ...]
 
 Runs under torchrun, under srun alone, and as plain `python train_ddp.py` (one process). The same command again resumes.
-Exit status: 0 finished, 2 the input is at fault, 74 the last state could not be saved, 75 preempted after saving.
+Exit status: 0 finished, 2 the input is at fault, 74 the last state could not be saved, 75 preempted with all saved.
 """
 
 from __future__ import annotations
@@ -48,10 +48,12 @@ def train(args: argparse.Namespace, context: DistributedContext) -> int:
     cfg = distributed.run_on_all_ranks(lambda: config.load_config(args.config, args.overrides, context.size))
     training.require_equal_programs(cfg)
     stop = distributed.StopFlag().listen()
+    stop.leave_early = lambda: distributed.leave_at_once(PREEMPTED)
     distributed.bound_waiting(cfg.train.timeout, context, Path(cfg.run_dir) / "flight_recorder")
     splits = distributed.run_on_all_ranks(lambda: training.open_splits(cfg))
     run, notes = training.build_run(cfg, context, splits)
     training.require_equal_data(run)
+    training.require_room_for_batches(run)
     console = distributed.run_on_all_ranks(lambda: training.open_console(run))
     with training.lock_run_dir(run, console):
         return carry_out(args, run, console, notes, stop)
@@ -70,12 +72,21 @@ def carry_out(args: argparse.Namespace, run: Run, console: Console, notes: Seque
         training.release_cache(run)
         return 0
     trackers = distributed.run_on_all_ranks(lambda: training.open_trackers(run, console))
-    training.show_start(run, console, distributed.all_gather_object(socket.gethostname()))
-    training.describe_cache(run, console)
-    for note in notes:
-        console.note(f"{cfg.model.name}: {note}")
+    hosts = distributed.all_gather_object(socket.gethostname())
     started = distributed.all_gather_object(time.time())[0]
     with distributed.file_heartbeat(run.folder, context, started, run.step, run.steps) as heartbeat:
+
+        def leave_early() -> None:
+            console.record(tracking.event("stop", step=run.step))
+            heartbeat.state = "preempted"
+            heartbeat.publish(heartbeat.record())
+            distributed.leave_at_once(PREEMPTED)
+
+        stop.leave_early = leave_early
+        training.show_start(run, console, hosts)
+        training.describe_cache(run, console)
+        for note in notes:
+            console.note(f"{cfg.model.name}: {note}")
         summary = training.fit(run, console, trackers, stop, heartbeat)
         trackers.close(summary)
         unsaved = summary["unsaved"]

@@ -15,8 +15,9 @@ __getattr__, __all__ = door(
     inspection="SplitReport inspect_split median_frequency_weights odd_files repeated_images",
     labels="IGNORE_INDEX Classes voc_palette",
     layouts="LAYOUTS mask_suffix",
-    loaders="Batch EvalBatches LabelCounts RankBatches TrainingBatch device_batches eval_loader train_loader",
+    loaders="Batch EvalBatches LabelCounts RankBatches TrainingBatch device_batches",
     masks="MaskFormat index_format",
     samplers="EvalSampler GlobalBatchSampler RankBatch SampleRef",
     transforms="EvalTransform TrainTransform to_input",
+    workers="Patience batch_loader require_shared_memory",
 )

@@ -31,7 +31,7 @@ from fcn.data.datasets import (
 from fcn.data.images import ON_ITS_SIDE, decode, open_image, orientation, read_pixels
 from fcn.data.labels import IGNORE_INDEX
 from fcn.data.layouts import LAYOUTS, missing_files
-from fcn.data.loaders import item_loader
+from fcn.data.workers import item_loader
 from fcn.errors import InputError
 
 Size = tuple[int, int]
@@ -250,6 +250,8 @@ def inspect_split(data: Data, split: str, ignore_index: int = IGNORE_INDEX, head
     samples = item_loader(Inspector(dataset, split, headers_only), len(dataset), workers)
     progress = tqdm(samples, desc=f"reading {split}", total=len(dataset), unit=" images", leave=False, disable=None)
     for index, sample in enumerate(progress):
+        if isinstance(sample, InputError):  # workers died
+            raise sample
         report.add(index, sample)
     return report
 

@@ -1,28 +1,23 @@
-"""Batches: worker processes that read them, the padding collate, and the transfer to the device."""
+"""Batches: what is in them, the padding collate, and the transfer to the device."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import multiprocessing.context
-import multiprocessing.forkserver
 import random
-import signal
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fcn import distributed, seeding
 from fcn.data.datasets import SegmentationDataset
 from fcn.data.labels import IGNORE_INDEX
-from fcn.data.samplers import EvalSampler, GlobalBatchSampler, RankBatch, SampleRef
+from fcn.data.samplers import RankBatch, SampleRef
 from fcn.data.transforms import EvalTransform, TrainTransform, resize_windows
-from fcn.distributed import SIGNALS, end_with_creator
+from fcn.data.workers import BatchLoader
 from fcn.errors import InputError
 
 
@@ -38,7 +33,7 @@ class Batch(NamedTuple):
     keys: torch.Tensor
     """(N,) int64 from 0 to 2³¹ - 1: the dropout mask of each image follows from it."""
     counts: torch.Tensor
-    """(N, 256) int64: pixels of each label value in each image."""
+    """(N, 256) int64: pixels of each label value in each image, without padding."""
 
     @property
     def padded(self) -> bool:
@@ -77,7 +72,6 @@ def pad_collate(
     sizes = torch.tensor([target.shape for target in labels], dtype=torch.int64).reshape(-1, 2)
     numbers = [torch.tensor(column, dtype=torch.int64) for column in (indices, keys or [0] * len(images))]
     counts = count_labels([row[:height, :width] for row, (height, width) in zip(targets, sizes.tolist(), strict=True)])
-    counts[:, IGNORE_INDEX] += size[0] * size[1] - sizes.prod(1)
     return Batch(torch.from_numpy(stacked), torch.from_numpy(targets), sizes, *numbers, counts)
 
 
@@ -236,57 +230,6 @@ class EvalBatches(Dataset):
         return Batch(torch.from_numpy(images), torch.from_numpy(labels), sizes, torch.tensor(indices), keys, counts)
 
 
-def train_loader(batches: RankBatches, sampler: GlobalBatchSampler, workers: int, device: torch.device) -> DataLoader:
-    return _loader(batches, sampler, workers, device)
-
-
-def eval_loader(batches: Dataset, sampler: EvalSampler, workers: int, device: torch.device) -> DataLoader:
-    """What `batches[indices]` gives for each list of indices of the sampler, in order."""
-    return _loader(batches, sampler, workers, device)
-
-
-def item_loader(dataset: Dataset, count: int, workers: int) -> DataLoader:
-    """The items 0, 1, … of any map-style data set, in order, each as it is."""
-    return _loader(dataset, range(count), workers, torch.device("cpu"))
-
-
-def _loader(dataset: Dataset, sampler: Iterable, workers: int, device: torch.device) -> DataLoader:
-    with warnings.catch_warnings():
-        # About more workers than cores, by each process; the start screen says how many there are.
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        return DataLoader(
-            dataset,
-            batch_size=None,  # the sampler yields whole batches
-            sampler=sampler,
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-            multiprocessing_context=_worker_context() if workers else None,
-            worker_init_fn=_start_worker,
-        )
-
-
-@functools.cache
-def _worker_context() -> multiprocessing.context.BaseContext:
-    """Workers come from a fork server, which has one thread.
-
-    The training process has several (gloo's, the loaders'), and a fork next to threads can inherit a lock that nobody
-    will ever release: an evaluation once waited forever for its first batch. The server ignores signals from its start,
-    because a launcher sends them to the whole process group and only the training process may react.
-    """
-    context = multiprocessing.get_context("forkserver")
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
-    multiprocessing.forkserver.ensure_running()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return context
-
-
-def _start_worker(_: int) -> None:
-    for number in SIGNALS:  # PyTorch and the fork server have set handlers
-        signal.signal(number, signal.SIG_IGN)
-    end_with_creator()
-
-
 class LabelCounts(NamedTuple):
     """Counts of the labels in a global batch; as integers they do not depend on the number of ranks."""
 
@@ -310,7 +253,7 @@ class TrainingBatch(NamedTuple):
     """The data of a step on this rank's device, and what all ranks know about the step."""
 
     local: Batch
-    """This rank's part of the global batch."""
+    """This rank's part of the global batch. None if `stop` is true and it did not come."""
     padded: bool
     """Whether any image of this rank is smaller than the batch."""
     label_counts: LabelCounts
@@ -323,9 +266,7 @@ class TrainingBatch(NamedTuple):
     """What was wrong with each replaced image of the global batch, in order."""
 
 
-def device_batches(
-    loader: DataLoader, device: torch.device, stop_asked: Callable[[], bool] = lambda: False
-) -> Iterator[TrainingBatch]:
+def device_batches(loader: BatchLoader, device: torch.device) -> Iterator[TrainingBatch]:
     """Move batches to the device one step ahead of their use, while the ranks agree on what is in them.
 
     The agreement is one small sum on the CPU, started a step early: the pixels of each label value and the images
@@ -333,21 +274,24 @@ def device_batches(
     ones were replaced, and whether any rank was asked to stop.
     """
     pending = None
-    batches = iter(loader)
     # Copies to a GPU, and the resize there, run in parallel with the step before, in a separate stream.
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    batches = iter(loader)
+    loaded: LoadedBatch | InputError | None = None
+    arrived = True
     for _ in range(len(loader)):
         began = time.perf_counter()
-        loaded: LoadedBatch | InputError = next(batches)
+        # After the last item of a loader that gave up, its rank still takes part in the agreement on the next step.
+        loaded = next(batches) if arrived else loaded
         data_wait_s = time.perf_counter() - began
-        fault = isinstance(loaded, InputError)
-        replaced = () if fault else loaded.replaced
-        mine = LabelCounts([0] * 256, 0) if fault else LabelCounts.of(loaded.batch.counts)
-        flags = (int(fault), len(replaced), int(stop_asked()))
+        fault, arrived = isinstance(loaded, InputError), isinstance(loaded, LoadedBatch)
+        replaced = loaded.replaced if arrived else ()
+        mine = LabelCounts.of(loaded.batch.counts) if arrived else LabelCounts([0] * 256, 0)
+        flags = (int(fault), len(replaced), int(loader.patience.stop_asked()))
         agreement = distributed.all_reduce_sum_async(torch.tensor([*mine.pixels, mine.images, *flags]))
-        padded = not fault and loaded.batch.padded
+        padded = arrived and loaded.batch.padded
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-            batch = loaded if fault else _to_device(loaded, device)
+            batch = _to_device(loaded, device) if arrived else loaded
             there = stream.record_event() if stream else None
         if pending:
             yield _agreed(*pending)
@@ -365,7 +309,7 @@ def _to_device(loaded: LoadedBatch, device: torch.device) -> Batch:
 
 
 def _agreed(
-    batch: Batch | InputError,
+    batch: Batch | InputError | None,
     there: torch.cuda.Event | None,
     replaced: Sequence[str],
     padded: bool,
@@ -379,7 +323,7 @@ def _agreed(
     if there is not None:
         stream = torch.cuda.current_stream()
         stream.wait_event(there)
-        for tensor in batch:  # whose memory the other stream may not take back before this one has used it
+        for tensor in batch or ():  # whose memory the other stream may not take back before this one has used it
             tensor.record_stream(stream)
     return TrainingBatch(
         batch,

@@ -15,6 +15,6 @@ __getattr__, __all__ = door(
     heartbeat="Heartbeat HeartbeatRecord file_heartbeat read_heartbeats",
     process_group="DistributedContext bound_waiting is_active is_communication_failure start stop",
     shards="Shards TreeSum aligned block_of subtrees tree_sum",
-    signals="SIGNALS StopFlag end_with_creator end_with_launcher",
+    signals="SIGNALS StopFlag end_with_creator end_with_launcher leave_at_once",
     stragglers="ComputeTimer StragglerDetector slowest",
 )

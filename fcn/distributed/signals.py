@@ -12,15 +12,17 @@ import threading
 from collections.abc import Callable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ORPHAN_S = 20
+"""How long a process whose launcher was killed may take to save; launchers give about that much themselves."""
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl."""
 
 
-def leave_at_once(number: int) -> None:
-    """End this process and its loader workers immediately, with the exit status of a signal."""
+def leave_at_once(status: int) -> None:
+    """End this process and its loader workers immediately."""
     for worker in multiprocessing.active_children():
         worker.kill()
-    os._exit(128 + number)
+    os._exit(status)
 
 
 def end_with_launcher() -> None:
@@ -55,11 +57,13 @@ class StopFlag:
     So does a SIGTERM after a SIGINT, because torchrun turns the second Ctrl-C into one.
     """
 
-    def __init__(self, leave: Callable[[int], None] = leave_at_once) -> None:
+    def __init__(self, leave: Callable[[int], None] = lambda number: leave_at_once(128 + number)) -> None:
         self.received: set[int] = set()
         self.leave = leave
         self.say: Callable[[str], None] = lambda text: None
         """Tells the user about a signal."""
+        self.leave_early: Callable[[], None] | None = None
+        """Ends the process while there is nothing to save: a first step may take minutes to compile or to be read."""
 
     def __call__(self) -> bool:
         return bool(self.received)
@@ -67,6 +71,7 @@ class StopFlag:
     def listen(self) -> StopFlag:
         """Receive signals in a thread, because a main thread that waits in a collective runs no Python handler."""
         inbox, self._outbox = socket.socketpair()
+        self._launcher = os.getppid()
         self._outbox.setblocking(False)
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)
@@ -79,9 +84,16 @@ class StopFlag:
             for number in numbers:
                 if number in (signal.SIGINT, signal.SIGTERM) and signal.SIGINT in self.received:
                     self.leave(number)
+                if number == signal.SIGTERM and os.getppid() != self._launcher:  # nobody will ask a second time
+                    last_chance = threading.Timer(ORPHAN_S, self.leave, (number,))
+                    last_chance.daemon = True
+                    last_chance.start()
                 if number in SIGNALS:
                     first = not self.received
                     self.received.add(number)
-                    if first:
+                    if first and self.leave_early:
+                        self.say(f"{signal.Signals(number).name}: leaving at once, as there is nothing to save yet")
+                        self.leave_early()
+                    elif first:
                         again = "; again to leave immediately" if number == signal.SIGINT else ""
                         self.say(f"{signal.Signals(number).name}: leaving after the next step, once it is saved{again}")

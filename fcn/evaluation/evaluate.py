@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from fcn import distributed
 from fcn.config import Config, protocol
-from fcn.data import Batch, EvalBatches, EvalSampler, EvalTransform, SegmentationDataset, eval_loader
+from fcn.data import EvalBatches, EvalSampler, EvalTransform, Patience, SegmentationDataset, batch_loader
 from fcn.distributed import DistributedContext
 from fcn.errors import InputError
 from fcn.evaluation.confusion_matrix import ConfusionMatrix, image_miou
@@ -86,10 +85,12 @@ def evaluate_split(evaluator: Evaluator, stop: Callable[[], bool] = lambda: Fals
     """
     model, dataset, context = evaluator.model, evaluator.dataset, evaluator.context
     settings = evaluator.config.eval
-    sizes = distributed.run_on_all_ranks(lambda: [dataset.size(index) for index in range(len(dataset))])
+    sizes = distributed.run_on_all_ranks(lambda: [dataset.size(index) for index in range(len(dataset)) if not stop()])
+    _leave_together(stop)
     sampler = EvalSampler(sizes, batch_size=settings.batch_size, rank=context.rank, world_size=context.size)
     batches = EvalBatches(dataset, evaluator.transform)
-    loader: DataLoader[Batch] = eval_loader(batches, sampler, evaluator.config.data.workers, context.device)
+    patience = Patience(evaluator.config.train.timeout, stop)
+    loader = batch_loader(batches, sampler, evaluator.config.data.workers, context.device, patience)
     matrix = ConfusionMatrix(len(dataset.classes), device=context.device)
     seen = torch.zeros(len(dataset), dtype=torch.int64)
     image_scores = torch.zeros(len(dataset), dtype=torch.float64, device=context.device)
@@ -100,7 +101,7 @@ def evaluate_split(evaluator: Evaluator, stop: Callable[[], bool] = lambda: Fals
         if isinstance(batch, InputError):
             fault = str(batch)
             break
-        if stop():
+        if batch is None or stop():
             break
         seen[batch.indices] += 1
         images, labels, indices = (
@@ -110,8 +111,7 @@ def evaluate_split(evaluator: Evaluator, stop: Callable[[], bool] = lambda: Fals
         image_scores[indices] = image_miou(counts)
     model.train(was_training)
     distributed.raise_on_all_ranks(fault)
-    if any(distributed.all_gather_object(stop())):
-        raise Stopped
+    _leave_together(stop)
     matrix.all_reduce()
     distributed.all_reduce_sum(seen)
     distributed.all_reduce_sum(image_scores)  # for each image one rank alone has more than 0
@@ -120,3 +120,8 @@ def evaluate_split(evaluator: Evaluator, stop: Callable[[], bool] = lambda: Fals
             f"evaluation must count each image once; some counts are {sorted(set(seen[seen != 1].tolist()))}"
         )
     return Evaluation(evaluator, matrix, int(seen.sum()), image_scores.cpu())
+
+
+def _leave_together(stop: Callable[[], bool]) -> None:
+    if any(distributed.all_gather_object(stop())):
+        raise Stopped

@@ -19,9 +19,9 @@ from fcn.data import (
     LAYOUTS,
     EvalSampler,
     MaskFormat,
+    batch_loader,
     classes_and_format,
     decode,
-    eval_loader,
     index_format,
     open_image,
     read_pixels,
@@ -194,14 +194,17 @@ def predict_files(trained: Trained, files: Sequence[Files], context: Distributed
     workers = config.data.workers if len(sampler) > config.data.workers else 0
     try:
         with _progress(sum(map(len, sampler)), context) as progress:
-            for loaded, broken in eval_loader(batches, sampler, workers, context.device):
+            for item in batch_loader(batches, sampler, workers, context.device):
+                if isinstance(item, InputError):
+                    raise item
+                loaded, broken = item
                 faults += broken
                 for places, images in loaded:
                     faults += _predict_batch(trained, [readable[place] for place in places], images)
                     predicted += len(places)
                     progress.update(len(places))
                 progress.update(len(broken))
-    except InputError as error:  # nothing can be written
+    except InputError as error:  # nothing can be written, or workers died
         faults.append(str(error))
     counts, lines = zip(*distributed.all_gather_object((predicted, faults)), strict=True)
     return sum(counts), sorted(line for part in lines for line in part)

@@ -14,7 +14,7 @@ __getattr__, __all__ = door(
     memory="GB HEADROOM MB Memory Trial states",
     run="Run build_run images_of_processes",
     setup="describe_cache is_finished open_console open_splits open_trackers release_cache require_equal_data "
-    "require_equal_programs start_or_resume",
+    "require_equal_programs require_room_for_batches start_or_resume",
     state="TrainingState",
     step="accumulation train_step",
 )

@@ -16,7 +16,15 @@ from torch import nn
 
 from fcn import checkpoints, distributed, evaluation, reports
 from fcn.checkpoints import BackgroundSaver
-from fcn.data import GlobalBatchSampler, RankBatches, TrainingBatch, TrainTransform, device_batches, train_loader
+from fcn.data import (
+    GlobalBatchSampler,
+    Patience,
+    RankBatches,
+    TrainingBatch,
+    TrainTransform,
+    batch_loader,
+    device_batches,
+)
 from fcn.distributed import ComputeTimer, Heartbeat, StopFlag, StragglerDetector, slowest
 from fcn.errors import InputError
 from fcn.files import write_atomically
@@ -84,9 +92,17 @@ def train_to_the_end(session: Session) -> None:
         stop_if_asked(session, batch)
         result = timed_step(session, batch)
         run.advance(batch)
+        begin_to_save(session)
         observe(session, batch, result)
         validate_if_due(session)
         save_if_due(session)
+
+
+def begin_to_save(session: Session) -> None:
+    """From the first finished step on, a signal waits for a step's end instead of ending the process at once."""
+    if session.stop.leave_early:
+        distributed.barrier()  # no rank leaves while another one would wait for it to save
+        session.stop.leave_early = None
 
 
 def timed_step(session: Session, batch: TrainingBatch) -> StepResult:
@@ -283,9 +299,10 @@ def summarise(session: Session, status: str, final: Record | None = None) -> Rec
 
 def training_data(run: Run, stop: StopFlag) -> Iterator[TrainingBatch]:
     """The remaining batches, on the device."""
-    batches = _rank_batches(run)
-    loader = train_loader(batches, _sampler(run, batches), run.config.data.workers, run.context.device)
-    return device_batches(loader, run.context.device, stop)
+    batches, device = _rank_batches(run), run.context.device
+    patience = Patience(run.config.train.timeout, stop)
+    loader = batch_loader(batches, _sampler(run, batches), run.config.data.workers, device, patience)
+    return device_batches(loader, device)
 
 
 def _rank_batches(run: Run) -> RankBatches:

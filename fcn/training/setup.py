@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 import os
 import sys
 from pathlib import Path
 
 from fcn import checkpoints, distributed
 from fcn.config import Config, flatten, save_config, to_dict
-from fcn.data import CachedDataset, SegmentationDataset, build_dataset, split_identity, with_cache
+from fcn.data import (
+    CachedDataset,
+    SegmentationDataset,
+    build_dataset,
+    require_shared_memory,
+    split_identity,
+    with_cache,
+)
 from fcn.errors import InputError
 from fcn.files import must_be_writable, replacing
 from fcn.tracking import (
@@ -25,7 +34,7 @@ from fcn.tracking import (
     rewind_metrics,
     versions,
 )
-from fcn.training.run import Run
+from fcn.training.run import Run, images_of_processes
 
 MAY_DIFFER = ("data.root", "data.workers", "data.cache", "data.cache_dir")
 """Keys that may differ between the processes of a run."""
@@ -83,6 +92,32 @@ def open_console(run: Run) -> Console:
     with must_be_writable(f"run_dir: {run.folder}"):
         run.folder.mkdir(parents=True, exist_ok=True)
         return Console(log_file=run.folder / "log.txt")
+
+
+def require_room_for_batches(run: Run) -> None:
+    """Compare what the loader's workers put into shared memory with what is free there; every rank calls it.
+
+    Raises:
+        InputError: on every rank, if it is not enough on any machine.
+    """
+    config, context = run.config, run.context
+    validation = run.splits[config.data.val]
+    pixels = config.eval.batch_size * _typical_pixels(validation)
+    if config.data.crop:
+        of_an_image = math.prod(config.data.crop)
+    else:
+        of_an_image = _typical_pixels(run.train_split) * (config.data.scale or (1, 1))[1] ** 2
+    mine = images_of_processes(config.train, context.size)[context.rank]
+    require_shared_memory(config.data.workers, round(4 * (mine * of_an_image + pixels)))  # bytes of image and mask
+
+
+def _typical_pixels(split: SegmentationDataset) -> int:
+    """The most pixels of a few images, spread over a split."""
+    sizes = [0]
+    for index in range(0, len(split), max(1, len(split) // 16)):
+        with contextlib.suppress(InputError):  # a broken file is a fault when it is read
+            sizes.append(math.prod(split.size(index)))
+    return max(sizes)
 
 
 def start_or_resume(run: Run, console: Console) -> None:

@@ -15,12 +15,12 @@ from fcn.data import (
     EvalTransform,
     GlobalBatchSampler,
     LabelCounts,
+    Patience,
     RankBatches,
     TrainTransform,
+    batch_loader,
     build_dataset,
     device_batches,
-    eval_loader,
-    train_loader,
 )
 from fcn.data.loaders import pad_collate
 from fcn.errors import InputError
@@ -39,7 +39,7 @@ GROUPED = Case(None, (0.5, 1.5), 3)
 CASES = {"crop": CROPPED, "whole": WHOLE, "resized": RESIZED}
 
 
-def loader_of(root, case, *, batch=4, steps=4, start=0, rank=0, world_size=1, workers=0, skip=False):
+def loader_of(root, case, *, batch=4, steps=4, start=0, rank=0, world_size=1, workers=0, skip=False, stop=None):
     """The training loader of one rank; without resize nor flip, samples are the files themselves."""
     dataset = build_dataset(Data(name="shapes", root=str(root)), "train")
     transform = TrainTransform(case.crop, case.scale, 0.5 if case.scale else 0.0)
@@ -55,7 +55,8 @@ def loader_of(root, case, *, batch=4, steps=4, start=0, rank=0, world_size=1, wo
         window=case.group,
         shape=None if case.crop else batches.shape,
     )
-    return train_loader(batches, sampler, workers, CPU)
+    patience = Patience(stop_asked=stop) if stop else Patience()
+    return batch_loader(batches, sampler, workers, CPU, patience)
 
 
 def batches_of(root, case, **keys):
@@ -96,7 +97,7 @@ def test_collate_pads_at_the_bottom_and_right_with_labels_255():
     assert (batch.images[1, :, :1] == 8).all()
     assert batch.sizes.tolist() == [[1, 3], [2, 1]]
     assert batch.indices.tolist() == [5, 9]
-    assert [[row[1], row[2], row[255], row.sum()] for row in batch.counts] == [[3, 0, 3, 6], [0, 2, 4, 6]]
+    assert [[row[1], row[2], row[255], row.sum()] for row in batch.counts] == [[3, 0, 0, 3], [0, 2, 0, 2]]
     assert (batch.sizes.dtype, batch.indices.dtype) == (torch.int64, torch.int64)
     assert batch.padded
 
@@ -296,7 +297,7 @@ def test_evaluation_sees_every_image_once_whole_and_unpadded(shapes_root, worker
     sizes = [dataset.size(index) for index in range(len(dataset))]
     sampler = EvalSampler(sizes, batch_size=8, rank=0, world_size=1)
     seen = []
-    for batch in eval_loader(EvalBatches(dataset), sampler, workers, CPU):
+    for batch in batch_loader(EvalBatches(dataset), sampler, workers, CPU):
         assert not batch.padded
         for labels, index in zip(batch.labels, batch.indices.tolist()):
             assert np.array_equal(labels, mask(shapes_root, index))
@@ -385,11 +386,11 @@ def test_broken_file_ends_the_run_at_its_step(copied, bad, workers):
 @pytest.mark.parametrize("asked_after", [0, 1, 3])
 def test_request_to_stop_shows_in_the_steps_loaded_after_it(shapes_root, asked_after):
     stops = []
-    for step in device_batches(loader_of(shapes_root, CROPPED, steps=7), CPU, lambda: len(stops) > asked_after):
+    for step in device_batches(loader_of(shapes_root, CROPPED, steps=7, stop=lambda: len(stops) > asked_after), CPU):
         stops.append(step.stop)
     # When a step is used, the next one is loaded already: the one after that is the first to know.
     assert stops == [False] * (asked_after + 2) + [True] * (7 - asked_after - 2)
 
 
 def test_request_to_stop_before_the_first_step(shapes_root):
-    assert [step.stop for step in device_batches(loader_of(shapes_root, CROPPED), CPU, lambda: True)] == [True] * 4
+    assert [step.stop for step in device_batches(loader_of(shapes_root, CROPPED, stop=lambda: True), CPU)] == [True] * 4

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +184,13 @@ def _program_main(arguments: list[str], environ: dict[str, str], outputs: list[s
 class Launched(subprocess.Popen):
     """A command and every process that comes of it, which torchrun puts into sessions of their own."""
 
-    def __init__(self, processes: int, *arguments: str, stderr: int = subprocess.STDOUT) -> None:
+    def __init__(
+        self, processes: int, *arguments: str, stderr: int = subprocess.STDOUT, within: Sequence[str] = ()
+    ) -> None:
         self.mark = f"FCN_TEST_LAUNCH={uuid.uuid4()}"
         environ = environment() | dict([self.mark.split("=")])
         super().__init__(
-            command(processes, *arguments),
+            [*within, *command(processes, *arguments)],
             cwd=CHECKOUT,
             env=environ,
             stdin=subprocess.DEVNULL,
@@ -234,10 +236,14 @@ class Launched(subprocess.Popen):
 
 @contextlib.contextmanager
 def started(
-    processes: int, *arguments: str, stderr: int = subprocess.STDOUT, timeout_s: float = TIMEOUT_S
+    processes: int,
+    *arguments: str,
+    stderr: int = subprocess.STDOUT,
+    timeout_s: float = TIMEOUT_S,
+    within: Sequence[str] = (),
 ) -> Iterator[Launched]:
-    """Start a command; nothing of it is left afterwards."""
-    process = Launched(processes, *arguments, stderr=stderr)
+    """Start a command, as the arguments of `within` if given; nothing of it is left afterwards."""
+    process = Launched(processes, *arguments, stderr=stderr, within=within)
     watchdog = threading.Timer(timeout_s, process.kill_all)  # a hang must fail its test, not stop the others
     watchdog.start()
     try:

@@ -37,6 +37,20 @@ def test_ranks_leave_when_torchrun_is_killed_before_they_train(tiny, after_s):
         assert not process.left(30)
 
 
+def test_a_rank_that_cannot_save_leaves_all_the_same_when_torchrun_is_killed(tiny):
+    with started(2, "train_ddp.py", "--config", tiny(**LONG)) as process:
+        wait_for_line(process, "step 5/500")
+        stopped = process.rank(1)
+        os.kill(stopped, signal.SIGSTOP)  # rank 0 waits for it
+        kill_launcher(process)
+        deadline = time.monotonic() + 40
+        while any("RANK=0" in environ for environ in process.family().values()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert time.monotonic() < deadline
+        os.kill(stopped, signal.SIGCONT)
+        assert not process.left(30)
+
+
 def test_loader_workers_leave_when_their_process_is_killed(tiny):
     with started(1, "train_ddp.py", "--config", tiny(**LONG)) as process:
         wait_for_line(process, "step 5/500")

@@ -18,10 +18,10 @@ from fcn.data import (
     RankBatches,
     TrainingBatch,
     TrainTransform,
+    batch_loader,
     build_dataset,
     device_batches,
     inspect_split,
-    train_loader,
 )
 from fcn.data.loaders import count_labels
 from fcn.distributed import DistributedContext, Shards
@@ -231,7 +231,7 @@ def test_batches_cross_in_a_stream_of_their_own_and_are_what_the_loader_made(sha
     def batches(device: str, later: bool) -> list[torch.Tensor]:
         sampler = GlobalBatchSampler(dataset, batch_size=6, steps=8, start_step=0, seed=0, rank=0, world_size=1)
         shares = RankBatches(dataset, transform, 0, resize_later=later)
-        loader = train_loader(shares, sampler, 1, torch.device(device))
+        loader = batch_loader(shares, sampler, 1, torch.device(device))
         return [step.local.images.cpu() for step in device_batches(loader, torch.device(device))]
 
     for later in (False, True):
