@@ -31,6 +31,7 @@ from fcn.files import write_atomically
 from fcn.tracking import Console, Record, Trackers, event, plots, read_records, resumed_steps, score_table, versions
 from fcn.training import throughput
 from fcn.training.run import Run
+from fcn.training.sanity import SanityCheck
 from fcn.training.step import StepResult, train_step
 from fcn.training.throughput import ThroughputMeter
 
@@ -48,6 +49,7 @@ class Session:
     meter: ThroughputMeter
     timer: ComputeTimer
     stragglers: StragglerDetector
+    sanity: SanityCheck
     scored: nn.Module
     """The network to evaluate."""
     profiler: Any
@@ -67,6 +69,7 @@ def fit(run: Run, console: Console, trackers: Trackers, stop: StopFlag, heartbea
         meter=throughput.meter_for(run),
         timer=ComputeTimer(run.context.device, run.context.comm_timer),
         stragglers=StragglerDetector(distributed.all_gather_object(socket.gethostname())),
+        sanity=SanityCheck(run.config, run.train_split.classes, len(run.train_split)),
         scored=run.state.distribute(
             compiled=train.compile, sync_bn=train.sync_bn, compression=train.gradient_compression
         ),
@@ -119,7 +122,7 @@ def timed_step(session: Session, batch: TrainingBatch) -> StepResult:
 
 
 def observe(session: Session, batch: TrainingBatch, result: StepResult) -> None:
-    """Report a finished step: profiler, throughput, heartbeat, replaced images and, when due, the log."""
+    """Report a finished step: profiler, throughput, heartbeat, replaced images, odd labels and, when due, the log."""
     run = session.run
     session.profiler.step()
     session.meter.step(batch.data_wait_s)
@@ -130,6 +133,8 @@ def observe(session: Session, batch: TrainingBatch, result: StepResult) -> None:
         run.replaced = ()
     if run.is_due(run.config.train.log_every):
         _log_step(session, result)
+    if finding := session.sanity.step(batch.label_counts):
+        session.console.warning(finding)
 
 
 def _log_step(session: Session, result: StepResult) -> None:
@@ -234,6 +239,8 @@ def score(session: Session, split: str, last: bool) -> Record:
     found = evaluation.evaluate_split(evaluator, session.stop)
     record = {"event": "eval", "step": run.step, **found.record()}
     session.trackers.log(record)
+    if split == config.data.val and (finding := session.sanity.evaluation(found.matrix.counts.tolist(), split, last)):
+        session.console.warning(finding)
     if run.context.rank == 0:
 
         def show() -> None:
