@@ -39,10 +39,10 @@ class SanityCheck:
 
     def step(self, counts: LabelCounts) -> str | None:
         """Count the labels of a global batch; returns what is wrong with those so far, once there are enough."""
+        self.seen += self.batch_size
         if self._labels_judged:
             return None
         self.pixels += counts.pixels
-        self.seen += self.batch_size
         whole = self.seen >= self.enough
         if not whole and self.seen < ENOUGH_STEPS * self.batch_size:
             return None
