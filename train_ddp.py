@@ -22,6 +22,7 @@ from fcn.arguments import Parser
 
 if TYPE_CHECKING:
     from fcn.distributed import DistributedContext, StopFlag
+    from fcn.models import Examined
     from fcn.tracking import Console
     from fcn.training import Run
 
@@ -51,15 +52,15 @@ def train(args: argparse.Namespace, context: DistributedContext) -> int:
     stop.leave_early = lambda: distributed.leave_at_once(PREEMPTED)
     distributed.bound_waiting(cfg.train.timeout, context, Path(cfg.run_dir) / "flight_recorder")
     splits = distributed.run_on_all_ranks(lambda: training.open_splits(cfg))
-    run, notes = training.build_run(cfg, context, splits)
+    run, examined = training.build_run(cfg, context, splits)
     training.require_equal_data(run)
     training.require_room_for_batches(run)
     console = distributed.run_on_all_ranks(lambda: training.open_console(run))
     with training.lock_run_dir(run, console):
-        return carry_out(args, run, console, notes, stop)
+        return carry_out(args, run, console, examined, stop)
 
 
-def carry_out(args: argparse.Namespace, run: Run, console: Console, notes: Sequence[str], stop: StopFlag) -> int:
+def carry_out(args: argparse.Namespace, run: Run, console: Console, examined: Examined, stop: StopFlag) -> int:
     """Start or resume a run and train; say how it ended."""
     cfg, context = run.config, run.context
     stop.say = console.line
@@ -85,8 +86,9 @@ def carry_out(args: argparse.Namespace, run: Run, console: Console, notes: Seque
         stop.leave_early = leave_early
         training.show_start(run, console, hosts)
         training.describe_cache(run, console)
-        for note in notes:
-            console.note(f"{cfg.model.name}: {note}")
+        for say, lines in ((console.note, examined.notes), (console.warning, examined.warnings)):
+            for line in lines:
+                say(f"{cfg.model.name}: {line}")
         summary = training.fit(run, console, trackers, stop, heartbeat)
         trackers.close(summary)
         unsaved = summary["unsaved"]

@@ -28,3 +28,12 @@ def permutation(n: int, seed: int, purpose: str, *position: int) -> np.ndarray:
     Sorts the raw output of a bit generator: NumPy keeps that stream fixed for ever, but not `Generator.permutation`.
     """
     return np.argsort(np.random.PCG64(derive(seed, purpose, *position)).random_raw(n), kind="stable")
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of PyTorch, Python and NumPy, which a user's network may draw from."""
+    import torch  # here, because the rest needs none
+
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))

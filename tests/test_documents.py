@@ -399,7 +399,7 @@ def test_the_network_of_the_example(monkeypatch):
     for size in ((1, 1), (17, 21)):
         assert network.eval()(torch.zeros(2, 3, *size)).shape == (2, 5, *size)
     keys, network = convert_dropout(network), convert_sync_batchnorm(network)
-    assert examine(network, keys, 5, (17, 21), torch.autocast("cpu", enabled=False), sync_bn=True) == []
+    assert examine(network, keys, 5, (17, 21), torch.autocast("cpu", enabled=False), sync_bn=True) == ([], [], False)
 
 
 def test_the_data_set_of_the_example(monkeypatch, tmp_path):

@@ -165,8 +165,8 @@ def model_report(config: Config, context: DistributedContext, train: SplitReport
     Raises:
         InputError: the network cannot be built, or a step does not fit the device.
     """
-    run, notes = build_run(config, context, {config.data.train: train.dataset})
-    warnings += [f"{config.model.name}: {note}" for note in notes]
+    run, examined = build_run(config, context, {config.data.train: train.dataset})
+    warnings += [f"{config.model.name}: {line}" for line in (*examined.warnings, *examined.notes)]
     trial = Trial(run, train)
     size = _pixels(tuple(trial.batch(1).images.shape[1:3]))
     device = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "the CPU"

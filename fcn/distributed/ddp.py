@@ -24,10 +24,13 @@ def data_parallel(
     sync_bn: bool,
     comm_dtype: torch.dtype | None = None,
     shards: Shards | None = None,
+    *,
+    find_unused: bool = False,
 ) -> nn.Module:
     """Wrap the model in DistributedDataParallel that adds the ranks' gradients; with one process, return it unchanged.
 
     Gradients travel in `comm_dtype`, or by default in their own type. With `shards` they are added along their tree.
+    With `find_unused` a step need not reach every parameter.
 
     The default of DistributedDataParallel is to average. A loss multiplied by the world size would compensate for that,
     but would leave the range of half precision at different values on different numbers of processes.
@@ -41,7 +44,11 @@ def data_parallel(
     )  # renamed in PyTorch 2.14
     devices = [context.device.index] if context.device.type == "cuda" else None
     parallel = DistributedDataParallel(
-        model, device_ids=devices, gradient_as_bucket_view=True, **{sync_buffers: not sync_bn}
+        model,
+        device_ids=devices,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=find_unused,
+        **{sync_buffers: not sync_bn},
     )
     if shards:
         parallel.register_comm_hook(_TreeExchange(shards, context), _sum_along_the_tree)

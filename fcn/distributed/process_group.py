@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +41,7 @@ _current: DistributedContext | None = None
 """The context of the process group; PyTorch, too, has one default group per process."""
 _patience: datetime.timedelta | None = None
 """How long a collective waits, once it is bounded."""
+_alone = False
 _before_stop: list[Callable[[], object]] = []
 
 
@@ -203,4 +205,15 @@ def stop() -> None:
 
 
 def is_active() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
+    return not _alone and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is as if it were the only one: what may differ from rank to rank calls no collective."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False

@@ -8,7 +8,7 @@ from fcn.lazy import door
 __getattr__, __all__ = door(
     __name__,
     build="MODELS build_model",
-    custom="examine",
+    custom="Examined examine",
     layers="DoublingConv2d SampleKeys SyncBatchNorm2d convert_dropout convert_sync_batchnorm",
     precision="DTYPES Precision",
     sharded="convert_shards examine_shards",

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
+import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
+from fcn import distributed, seeding
 from fcn.config import call_by_path
 from fcn.errors import InputError
-from fcn.models.layers import SampleKeys, SyncBatchNorm2d
+from fcn.models.layers import SampleKeys, SyncBatchNorm2d, SynchronisedSubclass
 
 
 def build_custom(path: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
@@ -30,11 +34,45 @@ def build_custom(path: str, num_classes: int, options: Mapping[str, Any]) -> nn.
             f"model.name: {path} returned {type(network).__name__}; accepted: a function that returns an nn.Module"
         )
     network.register_forward_hook(_logits_in_evaluation)
+    if network.training:  # what the function has put into evaluation mode stays there, such as frozen BatchNorm
+        for module in network.modules():
+            if not module.training:
+                module.train = types.MethodType(_stay, module)  # type: ignore[method-assign]
     return network
+
+
+def _stay(module: nn.Module, _: bool = True) -> nn.Module:
+    return module
 
 
 def _logits_in_evaluation(module: nn.Module, _: Any, output: Any) -> Any:
     return output.get("out", output) if isinstance(output, Mapping) and not module.training else output
+
+
+class Examined(NamedTuple):
+    """What a run says about a network, one line each, and does about it."""
+
+    notes: list[str]
+    """What depends on the number of processes."""
+    warnings: list[str]
+    """What does not train."""
+    skips: bool
+    """Whether it skips parts of itself at random, as with stochastic depth: a step may reach fewer parameters."""
+
+
+class _Trial(NamedTuple):
+    """What one rank has found."""
+
+    unused: set[str]
+    """Parameters that no forward pass reached."""
+    skipped: set[str]
+    """Parameters that some forward passes reached."""
+    draws: bool
+    unsynchronised: list[str]
+
+
+FORWARDS = 16
+"""Passes of a network that draws random numbers. A block that is skipped at a rate of 1/2 is missed once in 32,000."""
 
 
 def examine(
@@ -45,10 +83,11 @@ def examine(
     autocast: contextlib.AbstractContextManager,
     *,
     sync_bn: bool,
-) -> list[str]:
-    """Try a copy of a converted and placed network on two random images.
+) -> Examined:
+    """Try a copy of a converted and placed network on two random images; every rank must call it.
 
-    Parameters that no loss depends on are frozen, because DistributedDataParallel would wait for their gradients.
+    Parameters that no loss depends on, on any rank, are frozen, because DistributedDataParallel would wait for their
+    gradients.
 
     Args:
         network: after `convert_dropout`, which returned `keys`, and perhaps `convert_sync_batchnorm`.
@@ -56,25 +95,85 @@ def examine(
         autocast: a reusable context for the forward pass.
         sync_bn: whether batch statistics should be those of all processes.
 
-    Returns:
-        Notes for the user, one line each: what was frozen, and what will depend on the number of processes.
-
     Raises:
-        InputError: the output is not what training and evaluation need.
+        InputError: on every rank, if the output is not what training and evaluation need.
     """
+
+    def attempt() -> _Trial:
+        with distributed.alone():  # a network may take another path on each rank
+            return _try(network, keys, num_classes, size, autocast)
+
+    trials = distributed.all_gather_object(distributed.run_on_all_ranks(attempt))
+    unused = set.intersection(*(trial.unused for trial in trials))
+    skipped = set.union(*(trial.unused | trial.skipped for trial in trials)) - unused
+    for name in unused:
+        network.get_parameter(name).requires_grad_(False)
+    names = [name for name, _ in network.named_parameters()]
+    notes, warnings = [], []
+    if unused:
+        never = [name for name in names if name in unused]
+        size_of = {name: parameter.numel() for name, parameter in network.named_parameters()}
+        share = sum(size_of[name] for name in never) / sum(size_of.values())
+        warnings.append(f"the loss does not depend on {_some(never)}, {share:.1%} of the weights: they stay untrained")
+    if skipped:
+        notes.append(
+            f"it skips {_some([name for name in names if name in skipped])} in some steps: all processes draw the same "
+            f"random numbers, so that they skip the same"
+        )
+    elif any(trial.draws for trial in trials):
+        notes.append(
+            "it draws random numbers other than by nn.Dropout and nn.Dropout2d on (N, …): a resumed run repeats them, "
+            "but another number of processes or micro-batches draws others"
+        )
+    if sync_bn and (norms := trials[0].unsynchronised):
+        notes.append(
+            f"batch statistics of {_some(norms)} are not those of the global batch: only nn.BatchNorm2d is converted"
+        )
+    return Examined(notes, warnings, bool(skipped))
+
+
+def _try(
+    network: nn.Module,
+    keys: SampleKeys,
+    num_classes: int,
+    size: tuple[int, int],
+    autocast: contextlib.AbstractContextManager,
+) -> _Trial:
     trial, trial_keys = copy.deepcopy((network, keys))
     first = next(network.parameters(), None)
     if first is None or not any(parameter.requires_grad for parameter in network.parameters()):
         raise InputError("model.name: the network has no parameters that require a gradient, so nothing to train")
+    seeding.seed_generators(0)
     images = torch.rand(2, 3, *size, dtype=first.dtype, device=first.device)
     trial_keys.value = torch.arange(2, device=first.device)
     with torch.no_grad(), autocast:
         _check("in evaluation", trial.eval()(images), images, num_classes)
     trial.train()
-    before = _random_state(first.device)
+    wanted = {name for name, parameter in trial.named_parameters() if parameter.requires_grad}
+    reached, skipped, draws = set(), set(), False
+    for number in range(FORWARDS):
+        seeding.seed_generators(number)
+        before = _random_states(first.device)
+        found = _reached(trial, images, num_classes, autocast)
+        draws = draws or before != _random_states(first.device)
+        reached |= found
+        skipped |= wanted - found
+        if not draws:
+            break
+    norms = [name for name, module in network.named_modules() if _unsynchronised(module)]
+    return _Trial(wanted - reached, skipped & reached, draws, norms)
+
+
+def _reached(
+    trial: nn.Module, images: torch.Tensor, num_classes: int, autocast: contextlib.AbstractContextManager
+) -> set[str]:
+    """The parameters that get a gradient in a training step.
+
+    Raises:
+        InputError: the output is not what training needs.
+    """
     with autocast:
         output = trial(images)
-    draws = not torch.equal(before, _random_state(first.device))
     outputs = output if isinstance(output, Mapping) else {"out": output}
     if not {"out"} <= outputs.keys() <= {"out", "aux"}:
         found = ", ".join(map(repr, outputs)) or "nothing"
@@ -85,25 +184,9 @@ def examine(
             raise InputError(
                 f"model.name: {name!r} has no gradient; accepted: logits, not classes, computed in PyTorch"
             )
+    trial.zero_grad(set_to_none=True)
     sum(logits.float().sum() for logits in outputs.values()).backward()
-    notes = []
-    unused = [
-        name for name, parameter in trial.named_parameters() if parameter.requires_grad and parameter.grad is None
-    ]
-    for name in unused:
-        network.get_parameter(name).requires_grad_(False)
-    if unused:
-        notes.append(f"the loss does not depend on {_some(unused)}: frozen")
-    if draws:
-        notes.append(
-            "it draws random numbers other than by nn.Dropout and nn.Dropout2d on (N, …): a resumed run repeats them, "
-            "but another number of processes or micro-batches draws others"
-        )
-    if sync_bn and (norms := [name for name, module in network.named_modules() if _unsynchronised(module)]):
-        notes.append(
-            f"batch statistics of {_some(norms)} are not those of the global batch: only nn.BatchNorm2d is converted"
-        )
-    return notes
+    return {name for name, parameter in trial.named_parameters() if parameter.grad is not None}
 
 
 def _check(when: str, logits: Any, images: torch.Tensor, num_classes: int) -> None:
@@ -120,18 +203,25 @@ def _check(when: str, logits: Any, images: torch.Tensor, num_classes: int) -> No
         )
 
 
-def _random_state(device: torch.device) -> torch.Tensor:
-    """The state of the generators that a network on this device may use."""
-    states = [torch.get_rng_state()]
+def _random_states(device: torch.device) -> list[Any]:
+    """The states of the generators that a network on this device may use."""
+    states = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
+    states.append(np.random.get_state()[2])
     if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return torch.cat(states)
+        states.append(torch.cuda.get_rng_state(device).tolist())
+    return states
 
 
 def _unsynchronised(module: nn.Module) -> bool:
     from torchvision.ops import FrozenBatchNorm2d  # fcn's own networks never come here
 
-    known = (SyncBatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, nn.modules.instancenorm._InstanceNorm)
+    known = (
+        SyncBatchNorm2d,
+        SynchronisedSubclass,
+        nn.SyncBatchNorm,
+        FrozenBatchNorm2d,
+        nn.modules.instancenorm._InstanceNorm,
+    )
     counts = isinstance(module, nn.modules.batchnorm._BatchNorm) or hasattr(module, "running_mean")
     return counts and not isinstance(module, known)
 

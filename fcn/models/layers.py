@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from fcn import distributed
 from fcn.distributed import Shards
@@ -39,22 +42,74 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return torch.cat(outputs)
         if not (self.training and (shards or distributed.is_active())):
             return super().forward(images)
-        weight, bias = self.weight, self.bias
-        if weight is None:  # affine=False
-            wide = torch.promote_types(images.dtype, torch.float32)
-            weight, bias = (torch.full((self.num_features,), x, dtype=wide, device=images.device) for x in (1, 0))
-        parts = shards.copies if shards else lambda parameter: [parameter]
-        output, mean, variance, count = _SyncBatchNorm.apply(
-            images, torch.stack(parts(weight)), torch.stack(parts(bias)), self.eps, shards.gather if shards else _gather
-        )
+        momentum = 0.0
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked += 1
-                momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-                unbiased = variance * (count / (count - 1).clamp_min(1))
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
-        return output
+            momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        return sync_batch_norm(
+            images, self.running_mean, self.running_var, self.weight, self.bias, momentum, self.eps, shards
+        )
+
+
+def sync_batch_norm(
+    images: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    momentum: float,
+    eps: float,
+    shards: Shards | None = None,
+) -> torch.Tensor:
+    """`F.batch_norm` in training, of all ranks' batches together; every rank must call it.
+
+    Raises:
+        ValueError: on every rank, if a channel has a single value, of which there is no variance.
+    """
+    if weight is None:  # affine=False
+        wide = torch.promote_types(images.dtype, torch.float32)
+        weight, bias = (torch.full((images.shape[1],), x, dtype=wide, device=images.device) for x in (1, 0))
+    parts = shards.copies if shards else lambda parameter: [parameter]
+    output, mean, variance, count = _SyncBatchNorm.apply(
+        images, torch.stack(parts(weight)), torch.stack(parts(bias)), eps, shards.gather if shards else _gather
+    )
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            unbiased = variance * (count / (count - 1).clamp_min(1))
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    return output
+
+
+class SynchronisedSubclass:
+    """Before a subclass of BatchNorm2d: what its forward asks of `F.batch_norm` in training is of all ranks' batches.
+
+    With shards it is not: `sharded.ShardBatchNorm` computes each of them by itself.
+    """
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        if self.training and distributed.is_active() and "shards" not in self.__dict__:  # type: ignore[attr-defined]
+            with _SyncedCalls():
+                return super().forward(*inputs, **options)  # type: ignore[misc]
+        return super().forward(*inputs, **options)  # type: ignore[misc]
+
+
+class _SyncedCalls(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.batch_norm:
+            call = inspect.signature(F.batch_norm).bind(*args, **kwargs)
+            call.apply_defaults()
+            images, mean, variance, weight, bias, training, momentum, eps = call.arguments.values()
+            if training:
+                return sync_batch_norm(images, mean, variance, weight, bias, momentum, eps)
+        return function(*args, **kwargs)
+
+
+@functools.cache
+def _synchronised(cls: type[nn.BatchNorm2d]) -> type[nn.BatchNorm2d]:
+    return type(cls.__name__, (SynchronisedSubclass, cls), {"__module__": cls.__module__})
 
 
 def _gather(mine: torch.Tensor) -> torch.Tensor:
@@ -96,6 +151,8 @@ class _SyncBatchNorm(torch.autograd.Function):
         everywhere = gather(torch.cat([mine, torch.full_like(mine[:, :1], local)], dim=1))  # (parts of all, 3, C)
         means, variances, counts = everywhere.unbind(1)
         count = counts[:, 0].sum()
+        if local <= 1 and count <= 1:  # so no rank has more, and every rank raises
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
         mean = (means * counts).sum(0) / count
         # Chan, Golub, LeVeque 1979: no difference of large numbers, so the parts' rounding stays the only one.
         variance = ((variances + (means - mean).square()) * counts).sum(0) / count
@@ -146,11 +203,14 @@ class _SyncBatchNorm(torch.autograd.Function):
 def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
     """Turn every BatchNorm2d and SyncBatchNorm into a SyncBatchNorm2d, in place; the state_dict keys stay the same.
 
-    On GPUs, too, because `nn.SyncBatchNorm` waits for the device in every layer and step.
+    On GPUs, too, because `nn.SyncBatchNorm` waits for the device in every layer and step. A subclass of BatchNorm2d
+    (timm has one with an activation) keeps its own forward.
     """
     for module in model.modules():
         if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
             module.__class__ = SyncBatchNorm2d
+        elif isinstance(module, nn.BatchNorm2d) and not isinstance(module, SyncBatchNorm2d | SynchronisedSubclass):
+            module.__class__ = _synchronised(type(module))
     return model
 
 

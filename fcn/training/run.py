@@ -19,6 +19,7 @@ from fcn.errors import InputError
 from fcn.models import (
     DTYPES,
     MODELS,
+    Examined,
     Precision,
     build_model,
     convert_dropout,
@@ -165,11 +166,11 @@ def images_of_processes(train: Train, processes: int) -> list[int]:
 
 def build_run(
     config: Config, context: DistributedContext, splits: dict[str, SegmentationDataset]
-) -> tuple[Run, list[str]]:
+) -> tuple[Run, Examined]:
     """Build network, optimizer and loss; every rank gets the same weights from the seed.
 
     Returns:
-        The run, and notes about a user's own network, one line each.
+        The run, and what there is to say about a user's own network.
 
     Raises:
         InputError: on every rank, if the network cannot be built or `loss.weights` does not fit the classes.
@@ -185,14 +186,16 @@ def build_run(
         model = convert_sync_batchnorm(model)
     precision = Precision.of(config, context.device)
     model = precision.place(model)
-    notes = []
+    examined = Examined([], [], False)
     own, size = config.model.name not in MODELS, config.data.crop or (64, 64)
     if own:
-        notes = distributed.run_on_all_ranks(
-            lambda: examine(model, sample_keys, classes, size, precision.autocast(), sync_bn=train.sync_bn)
-        )
+        examined = examine(model, sample_keys, classes, size, precision.autocast(), sync_bn=train.sync_bn)
     shards = None
     if train.shards:
+        if examined.skips:
+            raise InputError(
+                f"train.shards: {config.model.name} skips parts of itself at random; set train.shards=null"
+            )
         shards = Shards(train.shards, context.rank, context.size, DTYPES.get(train.gradient_compression))
         distributed.run_on_all_ranks(lambda: convert_shards(model, shards))
         if own:
@@ -215,13 +218,14 @@ def build_run(
         aux_weight=config.loss.aux_weight,
         shards=shards,
         sample_keys=sample_keys,
+        skips=examined.skips,
         nonfinite=NonFiniteGuard(
             train.max_nonfinite + (FP16_SEARCH if train.precision == "fp16" else 0), context.device
         ),
         ema=WeightAverage(model, train.ema) if train.ema else None,
         seed=config.seed,
     )
-    return Run(config, context, state, splits), notes
+    return Run(config, context, state, splits), examined
 
 
 def _choose_kernels(config: Config, context: DistributedContext) -> None:

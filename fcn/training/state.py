@@ -43,6 +43,8 @@ class TrainingState:
     """The parts of the global batch that are computed by themselves."""
     sample_keys: SampleKeys | None = None
     """Where the network's dropout finds the keys of the samples."""
+    skips: bool = False
+    """Whether the network skips parts of itself at random; then all ranks skip the same."""
     nonfinite: NonFiniteGuard | None = None
     """Turns a step whose loss or gradient is not finite into one that changes nothing."""
     ema: WeightAverage | None = None
@@ -70,7 +72,9 @@ class TrainingState:
         scored = network
         if self.ema:
             scored = torch.compile(self.ema.model) if compiled else self.ema.model
-        self.network = distributed.data_parallel(network, self.context, sync_bn, DTYPES.get(compression), self.shards)
+        self.network = distributed.data_parallel(
+            network, self.context, sync_bn, DTYPES.get(compression), self.shards, find_unused=self.skips
+        )
         self.network.train()
         if self.ema and self.step == 0:  # not before all ranks have equal weights
             self.ema.reset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from fcn import distributed, seeding
 from fcn.data import Batch, LabelCounts, TrainingBatch
+from fcn.errors import InputError
 from fcn.models import SyncBatchNorm2d
 from fcn.training.nonfinite import BufferSnapshot
 from fcn.training.optim import set_learning_rate
@@ -62,8 +63,8 @@ def _accumulate_gradients(state: TrainingState, batch: TrainingBatch) -> torch.T
     for micro, last, shards in _passes(state, batch.local):
         if shards or not found:
             # A network that draws its own random numbers draws the same ones in a resumed run, and for all shards.
-            rank = 0 if shards else state.context.rank
-            torch.manual_seed(seeding.derive(state.seed, "forward", state.step, rank))
+            rank = 0 if shards or state.skips else state.context.rank
+            seeding.seed_generators(seeding.derive(state.seed, "forward", state.step, rank))
         images, labels, sizes, _, keys, _ = micro
         if state.sample_keys is not None:
             state.sample_keys.value = keys
@@ -71,7 +72,8 @@ def _accumulate_gradients(state: TrainingState, batch: TrainingBatch) -> torch.T
             nullcontext() if last else distributed.no_sync(state.network),
             state.shards.computing(shards) if state.shards else nullcontext(),
         ):
-            with state.precision.autocast(), saved_on_host() if state.offload else nullcontext():
+            memory = saved_on_host() if state.offload else nullcontext()
+            with _naming_single_values(), state.precision.autocast(), memory:
                 outputs = state.network(state.precision.to_input(images, sizes if batch.padded else None))
                 if not isinstance(outputs, Mapping):
                     outputs = {"out": outputs}
@@ -84,6 +86,20 @@ def _accumulate_gradients(state: TrainingState, batch: TrainingBatch) -> torch.T
                 losses = losses * (state.nonfinite.gate * (1 + 0 * losses.detach()))
             state.scaler.scale(losses.sum()).backward()
     return torch.cat(found) if state.shards else torch.cat(found).sum()[None]
+
+
+@contextmanager
+def _naming_single_values() -> Iterator[None]:
+    """Say what to do when BatchNorm, PyTorch's or ours, gets one value."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            f"train.batch_size: a BatchNorm layer gets a single value of each channel, without a variance ({error}); "
+            f"use a larger batch_size or data.crop, or put that layer into evaluation mode in a network of your own"
+        ) from None
 
 
 def _passes(state: TrainingState, local: Batch) -> Iterator[tuple[Batch, bool, range | None]]:

@@ -83,7 +83,8 @@ def two_steps(context: DistributedContext, name: str, options: dict, side: int) 
         keys = convert_dropout(model)
         model = precision.place(convert_sync_batchnorm(model))
         if name not in MODELS:
-            said += examine(model, keys, CLASSES, (side, side), precision.autocast(), sync_bn=True)
+            found = examine(model, keys, CLASSES, (side, side), precision.autocast(), sync_bn=True)
+            said += found.warnings + found.notes
         before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
         parallel = distributed.data_parallel(model, context, sync_bn=True)
         parallel.train()
@@ -156,7 +157,7 @@ class HalfUsed(nn.Module):
 
 def test_layer_without_use_is_frozen_and_two_ranks_train() -> None:
     (said, still, state), (_, _, state_1) = run_ranks(2, two_steps, f"{HERE}:HalfUsed", {}, 8)
-    assert said == ["the loss does not depend on unused.weight, unused.bias: frozen"]
+    assert said == ["the loss does not depend on unused.weight, unused.bias, 58.3% of the weights: they stay untrained"]
     assert still == ["unused.weight", "unused.bias"]
     assert state == state_1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from fcn.distributed import DistributedContext
 from fcn.models import SyncBatchNorm2d, convert_sync_batchnorm
@@ -94,3 +95,48 @@ def test_a_norm_without_weight_and_bias() -> None:
     for rank, (found, grad) in enumerate(ranks):
         torch.testing.assert_close(torch.tensor(found), output.detach()[rank::2])
         torch.testing.assert_close(torch.tensor(grad), images.grad[rank::2], rtol=1e-4, atol=1e-5)
+
+
+class WithActivation(nn.BatchNorm2d):
+    """Calls `F.batch_norm` itself, as timm's BatchNormAct2d does."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        output = F.batch_norm(
+            images, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+        return F.gelu(output)
+
+
+class Scaled(nn.BatchNorm2d):
+    """Adds to what BatchNorm2d does."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images).sin() * images.amax(1, keepdim=True)
+
+
+def subclass_rank(context: DistributedContext, kind: type, sizes: list[int], compiled: bool) -> dict[str, list]:
+    images, grads = make_union(sizes, False)
+    mine = slice(sum(sizes[: context.rank]), sum(sizes[: context.rank + 1]))
+    model = convert_sync_batchnorm(nn.Sequential(kind(CHANNELS, momentum=0.3).double()))
+    if compiled:
+        model.compile()
+    return {key: value.tolist() for key, value in train_twice(model, images[mine], grads[mine]).items()}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("sizes", [[3, 3], [4, 1]])
+@pytest.mark.parametrize("kind", [WithActivation, Scaled])
+def test_a_subclass_keeps_its_own_forward_and_the_numbers_of_the_union_batch(kind, sizes, compiled) -> None:
+    ranks = run_ranks(2, subclass_rank, kind, sizes, compiled)
+    expected = train_twice(nn.Sequential(kind(CHANNELS, momentum=0.3).double()), *make_union(sizes, False))
+    for key in ("output", "input_grad"):
+        parts = [torch.tensor(rank[key], dtype=torch.float64).reshape(-1, CHANNELS, 3, 4) for rank in ranks]
+        torch.testing.assert_close(torch.cat(parts), expected[key], rtol=1e-11, atol=1e-11)
+    for rank in ranks:
+        for key in ("running_mean", "running_var"):
+            torch.testing.assert_close(
+                torch.tensor(rank[key], dtype=torch.float64), expected[key], rtol=1e-12, atol=1e-12
+            )
+        assert rank["batches"] == 2

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fcn.models import SyncBatchNorm2d, build_model, convert_dropout, convert_sync_batchnorm
-from fcn.models.layers import KeyedDropout, KeyedDropout2d, bilinear_upsampling
+from fcn.models.layers import KeyedDropout, KeyedDropout2d, SynchronisedSubclass, bilinear_upsampling
 
 KINDS = [pytest.param(nn.Dropout, id="Dropout"), pytest.param(nn.Dropout2d, id="Dropout2d")]
 KEYS = torch.tensor([7, 2**31 - 1, 0, 123_456_789])
@@ -47,14 +47,19 @@ def test_every_batchnorm_is_converted():
     assert kinds == [SyncBatchNorm2d] * (1 + 16 + 3 + 12 + 2)
 
 
-def test_only_batchnorm2d_itself_and_pytorch_s_synchronised_one_are_converted():
-    class Own(nn.BatchNorm2d):
-        pass
-
-    kinds = [Own, nn.BatchNorm1d, nn.BatchNorm3d, nn.InstanceNorm2d]
+def test_only_batchnorm2d_its_subclasses_and_pytorch_s_synchronised_one_are_converted():
+    kinds = [nn.BatchNorm1d, nn.BatchNorm3d, nn.InstanceNorm2d]
     converted = convert_sync_batchnorm(nn.ModuleList(kind(2) for kind in kinds))
     assert [type(module) for module in converted] == kinds
     assert type(convert_sync_batchnorm(nn.Sequential(nn.SyncBatchNorm(2)))[0]) is SyncBatchNorm2d
+
+    class Own(nn.BatchNorm2d):
+        pass
+
+    own = convert_sync_batchnorm(convert_sync_batchnorm(nn.Sequential(Own(2))))[0]
+    assert isinstance(own, Own)
+    assert isinstance(own, SynchronisedSubclass)
+    assert type(copy.deepcopy(own)) is type(own), "one class, however often it is converted or copied"
 
 
 @pytest.mark.parametrize("training", [True, False])
