@@ -141,6 +141,12 @@ def histogram(reports: Sequence[SplitReport], names: Sequence[str]) -> str:
 def advice(config: Config, reports: Sequence[SplitReport]) -> Iterator[str]:
     """Warnings about what a run accepts but its owner may not expect."""
     train, crop = reports[0], config.data.crop
+    ambiguous = [source for report in reports for source in report.ambiguous]
+    if ambiguous:
+        yield (
+            f"{ambiguous[0]}: its EXIF orientation is not its mask's ({plural(len(ambiguous), 'such image')}); each "
+            f"file is turned by its own; if masks were drawn on the pixels as stored, set data.exif_orientation=false"
+        )
     if config.data.train == config.data.val:
         yield f"data.val: '{config.data.val}' is the training split, so its scores are of images that were seen"
     if train.dataset and train.pixels.any():

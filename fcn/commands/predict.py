@@ -23,9 +23,13 @@ DESCRIPTION = """Write the classes of every pixel of images as palette PNGs, and
     torchrun --nproc_per_node=8 -m fcn predict --checkpoint best.pt --output out --set eval.window=[512,512] aerial/
 
 FOLDER/sub/a.jpg becomes OUTPUT/sub/a.png, and OUTPUT/overlays/sub/a.png. Images are taken whole, at their own size.
-eval.scales, eval.flip and eval.window apply here, too; eval.preset does not.
+eval.scales, eval.flip and eval.window apply here, too; eval.preset does not. Images are turned by their EXIF
+orientations, or taken as they are stored, as data.exif_orientation was in training.
 """
-KEYS = ("eval.batch_size", "eval.scales", "eval.flip", "eval.window", "train.precision", "data.workers")
+KEYS = (
+    "eval.batch_size", "eval.scales", "eval.flip", "eval.window", "train.precision", "data.workers",
+    "data.exif_orientation",
+)  # fmt: skip
 """What `--set` may change: nothing that belongs to the network or to its training."""
 
 

@@ -122,6 +122,9 @@ class Data:
     cache_dir: Text | None = None
     """Folder of the caches, best on a local disk. null: `.cache` next to run_dir, shared by the runs there (disk), or
     /dev/shm (memory)."""
+    exif_orientation: bool = True
+    """Turn images and masks upright, each as its own EXIF orientation says. false: take all pixels as they are stored,
+    as for masks without EXIF that were drawn on the images' stored pixels."""
     on_error: Literal["stop", "skip"] = "stop"
     """What happens at a broken training image or mask: stop the run, or use another image instead and report it at
     the end of the epoch. Evaluation always stops, because a score covers the whole split."""

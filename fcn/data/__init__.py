@@ -9,9 +9,9 @@ from fcn.lazy import door
 __getattr__, __all__ = door(
     __name__,
     cache="CachedDataset with_cache",
-    datasets="SegmentationDataset build_dataset classes_and_format",
+    datasets="SegmentationDataset build_dataset check_sizes classes_and_format",
     identity="split_identity",
-    images="decode is_image open_image read_pixels walk_images",
+    images="decode is_image open_image read_pixels size_of walk_images",
     inspection="SplitReport inspect_split median_frequency_weights odd_files repeated_images",
     labels="IGNORE_INDEX Classes voc_palette",
     layouts="LAYOUTS mask_suffix",

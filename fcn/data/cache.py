@@ -25,7 +25,7 @@ from fcn.data.labels import Classes
 from fcn.data.masks import MaskFormat
 from fcn.errors import InputError
 
-VERSION = 1
+VERSION = 2
 """Version of the cache's files and of `PairDataset.read`; raise it when you change either."""
 MEMORY = Path("/dev/shm")
 DAY = 86400.0
@@ -80,7 +80,7 @@ def fingerprint(dataset: SegmentationDataset) -> str:
     """
     digest = hashlib.blake2b(f"{VERSION} {PIL.__version__} {features.version('jpg')}".encode(), digest_size=8)
     if isinstance(dataset, PairDataset):
-        digest.update(repr(dataset.format).encode())
+        digest.update(f"{dataset.format!r} {dataset.exif}".encode())
         for pair in dataset.pairs:
             for path in pair:
                 digest.update(f"\n{path.absolute()} {_state(path)}".encode(errors="surrogateescape"))
@@ -92,7 +92,7 @@ def fingerprint(dataset: SegmentationDataset) -> str:
             f"data.cache: {path} has no attribute `fingerprint`, a text that changes whenever its samples do; add it, "
             f"or set data.cache=null"
         )
-    digest.update(f"{dataset.format!r} {dataset.path} {len(dataset)} {own}".encode())
+    digest.update(f"{dataset.format!r} {dataset.exif} {dataset.path} {len(dataset)} {own}".encode())
     return digest.hexdigest()
 
 

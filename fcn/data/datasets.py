@@ -13,7 +13,7 @@ from PIL import Image
 
 from fcn.config import Data, call_by_path
 from fcn.data import masks
-from fcn.data.images import decode, open_image, read_pixels, to_rgb
+from fcn.data.images import ON_ITS_SIDE, decode, open_image, orientation, read_pixels, size_of, to_rgb, upright
 from fcn.data.labels import IGNORE_INDEX, Classes, voc_palette
 from fcn.data.layouts import LAYOUTS, Listing, missing_files
 from fcn.data.masks import MaskFormat
@@ -52,11 +52,13 @@ class PairDataset:
         pairs: (image file, mask file) of every sample, in the order of the split's list.
         classes: names and palette.
         format: the meaning of the masks' pixels.
+        exif: turn images and masks as their EXIF orientations say.
     """
 
     pairs: Sequence[tuple[Path, Path]]
     classes: Classes
     format: MaskFormat
+    exif: bool = True
     _sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -66,10 +68,10 @@ class PairDataset:
         return self.pairs[index][0].stem
 
     def size(self, index: int) -> tuple[int, int]:
-        """From the mask's header, because the image's may not include its EXIF orientation."""
+        """From the mask's header."""
         if index not in self._sizes:
             with open_image(self.pairs[index][1]) as mask:
-                self._sizes[index] = (mask.height, mask.width)
+                self._sizes[index] = size_of(mask, self.exif)[::-1]
         return self._sizes[index]
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
@@ -79,21 +81,31 @@ class PairDataset:
     def read_arrays(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Like `read`, but as arrays (H, W, 3) and (H, W) uint8, with fewer copies."""
         image_path, mask_path = self.pairs[index]
-        pixels = read_pixels(image_path)
-        mask = decode(mask_path)
-        check_sizes(image_path, (pixels.shape[1], pixels.shape[0]), mask_path, mask.size)
+        pixels = read_pixels(image_path, self.exif)
+        mask = decode(mask_path, self.exif)
+        check_sizes(image_path, (pixels.shape[1], pixels.shape[0]), mask_path, mask.size, self.exif)
         return pixels, self.format.decode(mask, mask_path)
 
 
-def check_sizes(image_path: Path, image: tuple[int, int], mask_path: Path, mask: tuple[int, int]) -> None:
-    """Raise InputError if an image and its mask differ in (width, height)."""
+def check_sizes(
+    image_path: Path, image: tuple[int, int], mask_path: Path, mask: tuple[int, int], exif: bool = True
+) -> None:
+    """Raise InputError if an image and its mask differ in (width, height); `exif` says how they were read."""
     if image == mask:
         return
-    turned = image == mask[::-1]
-    cause = " (is the image turned by its EXIF orientation, and the mask not?)" if turned else ""
+    cause, remedy = "", "export the mask again at the image's size"
+    if image == mask[::-1]:
+        with open_image(image_path) as opened:
+            sideways = orientation(opened) in ON_ITS_SIDE
+        if sideways and exif:
+            cause = " after it was turned by its EXIF orientation"
+            remedy = "if masks were drawn on the pixels as stored, set data.exif_orientation=false"
+        elif sideways:
+            cause = " without its EXIF orientation"
+            remedy = "if masks were drawn on the upright image, set data.exif_orientation=true"
     raise InputError(
         f"{mask_path}: found a mask of {mask[0]}x{mask[1]} pixels for the image {image_path.name} of "
-        f"{image[0]}x{image[1]}{cause}; accepted: equal sizes; export the mask again at the image's size"
+        f"{image[0]}x{image[1]}{cause}; accepted: equal sizes; {remedy}"
     )
 
 
@@ -101,13 +113,13 @@ class OwnDataset:
     """A user's own data set: anything with a length whose items are (image, mask).
 
     Images may be Pillow images, arrays (H, W, 3) or (H, W), or tensors (3, H, W), of uint8. Masks may be Pillow images,
-    arrays or tensors (H, W) of class indices, 255 = ignore. Optional are the attributes `classes`, a list of names, and
-    `palette`, a list of (red, green, blue), and the methods `size(index)` and `name(index)`. Without `size` every
-    sample is read once to learn it.
+    arrays or tensors (H, W) of class indices, 255 = ignore. Pillow images are turned by EXIF as files are. Optional are
+    the attributes `classes`, a list of names, and `palette`, a list of (red, green, blue), and the methods
+    `size(index)` and `name(index)`. Without `size` every sample is read once to learn it.
     """
 
     def __init__(self, samples: Any, data: Data) -> None:
-        self.samples, self.path = samples, data.name
+        self.samples, self.path, self.exif = samples, data.name, data.exif_orientation
         names = data.classes or getattr(samples, "classes", None)
         if not (isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names)):
             raise InputError(
@@ -146,8 +158,10 @@ class OwnDataset:
             raise InputError(f"{source}: cannot be read ({error}); copy its file again or remove it") from None
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise InputError(f"{source}: found {type(item).__name__}; accepted: a pair (image, mask)")
-        image = to_rgb(_as_image(item[0], f"the image of {source}"), f"the image of {source}")
-        mask = _as_image(item[1], f"the mask of {source}")
+        image, mask = (
+            _as_image(part, f"the {what} of {source}", self.exif) for what, part in zip(("image", "mask"), item)
+        )
+        image = to_rgb(image, f"the image of {source}")
         if image.size != mask.size:
             raise InputError(
                 f"{source}: found a mask of {mask.width}x{mask.height} pixels for an image of "
@@ -162,9 +176,9 @@ class OwnDataset:
         return image, Image.fromarray(self.format.decode(mask, f"the mask of {source}"))
 
 
-def _as_image(value: Any, source: str) -> Image.Image:
+def _as_image(value: Any, source: str, exif: bool) -> Image.Image:
     if isinstance(value, Image.Image):
-        return value
+        return upright(value) if exif else value
     array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
     if isinstance(value, torch.Tensor) and array.ndim == 3:
         array = array.transpose(1, 2, 0)
@@ -229,7 +243,7 @@ def build_dataset(
                 raise InputError(
                     f"{missing[0]}: no such file{more}, but the split '{split}' needs it; add it, or take the image out"
                 )
-        dataset = PairDataset(pairs, *classes_and_format(data))
+        dataset = PairDataset(pairs, *classes_and_format(data), data.exif_orientation)
     else:
         arguments = {"root": data.root, "split": split}
         try:

@@ -53,25 +53,29 @@ def walk_images(folder: Path, visited: Iterable[str] = (), left_out: list[Path] 
         yield from (Path(parent, name) for name in sorted(filter(is_image, names)))
 
 
-def read_pixels(path: Path) -> np.ndarray:
-    """Read the first frame of an image file as RGB (H, W, 3) uint8, turned as its EXIF orientation says.
+def read_pixels(path: Path, exif: bool = True) -> np.ndarray:
+    """Read the first frame of an image file as RGB (H, W, 3) uint8.
 
     Grey becomes three equal channels, 16 bits become 8 (v · 255 / 65535, rounded), and an alpha channel is dropped.
+
+    Args:
+        exif: turn the image as its EXIF orientation says.
 
     Raises:
         InputError: the file is unreadable or broken, or its pixels have no fixed range.
     """
     with open_image(path) as image:
-        pixels = _decode_jpeg(image)
-        return np.asarray(to_rgb(_load(image, path), path)) if pixels is None else pixels
+        pixels = _decode_jpeg(image, exif)
+        return np.asarray(to_rgb(_load(image, path, exif), path)) if pixels is None else pixels
 
 
-def _decode_jpeg(image: Image.Image) -> np.ndarray | None:
-    """Decode an upright colour JPEG that was just opened; None for anything else, or if anything is wrong.
+def _decode_jpeg(image: Image.Image, exif: bool = True) -> np.ndarray | None:
+    """Decode a colour JPEG that was just opened and is not to be turned; None for anything else, or if anything is
+    wrong.
 
     The bits are Pillow's: simplejpeg uses the same library more directly.
     """
-    if image.format != "JPEG" or image.mode != "RGB" or orientation(image) != 1:
+    if image.format != "JPEG" or image.mode != "RGB" or (exif and orientation(image) != 1):
         return None
     image.fp.seek(0)
     try:
@@ -83,10 +87,8 @@ def _decode_jpeg(image: Image.Image) -> np.ndarray | None:
 def to_rgb(image: Image.Image, source: object) -> Image.Image:
     """See `read_pixels`; `source` names the image in messages."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about transparency in palettes, which is dropped, and about EXIF
+        warnings.simplefilter("ignore")  # about transparency in palettes, which is dropped
         try:
-            turn = TURNS.get(orientation(image))
-            image = image if turn is None else image.transpose(turn)
             if image.mode in DEEP:
                 return Image.fromarray(_to_8_bits(np.asarray(image), source)).convert("RGB")
             if image.mode == "F":
@@ -109,13 +111,49 @@ ON_ITS_SIDE = (5, 6, 7, 8)
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8, or 1 if it is missing or damaged."""
+    """The EXIF orientation, 1 to 8, or 1 if it is missing or damaged, or if Pillow has turned the image already.
+
+    Decodes no pixels, except those of a PNG with metadata behind them.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return int(image.getexif().get(0x0112, 1))
+            exif = image.getexif() if _has_late_metadata(image) else Image.Image.getexif(image)
+            found = int(exif.get(0x0112, 1))
         except Exception:  # what Pillow raises depends on the damage
             return 1
+    return found if found in TURNS else 1
+
+
+def _has_late_metadata(image: Image.Image) -> bool:
+    """Whether a PNG that was just opened may have its EXIF or XMP behind its pixels."""
+    file = getattr(image, "fp", None)
+    if image.format != "PNG" or file is None:
+        return False
+    place = file.tell()
+    file.seek(-min(file.seek(0, os.SEEK_END), 1 << 16), os.SEEK_END)
+    end = file.read()
+    file.seek(place)
+    return any(mark in end for mark in (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp"))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says. Pillow has already turned a TIFF that it has loaded."""
+    return _transposed(image, TURNS.get(orientation(image)))
+
+
+def _transposed(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.format = image.format
+    return turned
+
+
+def size_of(image: Image.Image, exif: bool = True) -> tuple[int, int]:
+    """(width, height) that an image file which was just opened will have; see `decode`."""
+    turns = exif if image.format != "TIFF" else not exif  # Pillow turns TIFFs itself
+    return image.size[::-1] if turns and orientation(image) in ON_ITS_SIDE else image.size
 
 
 def _to_8_bits(deep: np.ndarray, source: object) -> np.ndarray:
@@ -150,21 +188,29 @@ def open_image(path: Path) -> Image.Image:
         ) from None
 
 
-def decode(path: Path) -> Image.Image:
+def decode(path: Path, exif: bool = True) -> Image.Image:
     """Decode the first frame of an image file in the file's own mode.
+
+    Args:
+        exif: turn the image as its EXIF orientation says.
 
     Raises:
         InputError: the file is unreadable or broken.
     """
     with open_image(path) as image:
-        return _load(image, path)
+        return _load(image, path, exif)
 
 
-def _load(image: Image.Image, path: Path) -> Image.Image:
+def _load(image: Image.Image, path: Path, exif: bool) -> Image.Image:
+    found = orientation(image)
+    if image.format == "TIFF" and found in ON_ITS_SIDE:
+        image.filename = ""  # else Pillow maps the file into memory with height and width confused
     try:
         image.load()
     except MemoryError:
         raise
     except Exception as error:  # what a decoder raises on broken data depends on the format and on the damage
         raise InputError(f"{path}: broken image ({error}); copy it again or leave it out") from None
-    return image
+    if image.format == "TIFF":  # Pillow has turned it
+        return image if exif else _transposed(image, TURNS.get({6: 8, 8: 6}.get(found, found)))
+    return _transposed(image, TURNS.get(found)) if exif else image

@@ -28,7 +28,7 @@ from fcn.data.datasets import (
     check_sizes,
     list_split,
 )
-from fcn.data.images import ON_ITS_SIDE, decode, open_image, orientation, read_pixels
+from fcn.data.images import ON_ITS_SIDE, decode, open_image, orientation, read_pixels, size_of
 from fcn.data.labels import IGNORE_INDEX
 from fcn.data.layouts import LAYOUTS, missing_files
 from fcn.data.workers import item_loader
@@ -52,6 +52,8 @@ class Sample:
     """(256,) int64: pixels of each label, 255 = ignore; None if the mask is unreadable."""
     digest: bytes | None = None
     """Hash of the image's content; None if only its header was read."""
+    ambiguous: bool = False
+    """Image and mask are turned differently by EXIF, and their equal sizes do not tell whether that is right."""
 
     @contextlib.contextmanager
     def noting(self, prefix: str = "") -> Iterator[None]:
@@ -85,27 +87,27 @@ class Inspector(Dataset):
         return sample
 
     def _files(self, image_path: Path, mask_path: Path) -> Sample:
-        sample = Sample(str(image_path))
+        sample, exif = Sample(str(image_path)), self.dataset.exif
         image_size = mask = None
         with sample.noting():
             image_size = self._image(image_path, sample)
             sample.size = image_size[::-1]
         with sample.noting():
-            mask = decode(mask_path)
+            mask = decode(mask_path, exif)
             self._hidden(mask_path, sample)
             sample.counts = _histogram(self.dataset.format.decode(mask, mask_path))
         if image_size and mask:
             with sample.noting():
-                check_sizes(image_path, image_size, mask_path, mask.size)
+                check_sizes(image_path, image_size, mask_path, mask.size, exif)
+                sample.ambiguous = exif and _turn_differently(image_path, mask_path)
         return sample
 
     def _image(self, path: Path, sample: Sample) -> Size:
         """(width, height)."""
         with open_image(path) as image:
             if self.headers_only and _has_its_end(path, image.format):
-                sideways = orientation(image) in ON_ITS_SIDE
-                return image.size[::-1] if sideways else image.size
-        height, width = read_pixels(path).shape[:2]
+                return size_of(image, self.dataset.exif)
+        height, width = read_pixels(path, self.dataset.exif).shape[:2]
         self._hidden(path, sample)
         if not self.headers_only:
             sample.digest = hashlib.blake2b(path.read_bytes()).digest()
@@ -131,6 +133,14 @@ class Inspector(Dataset):
 
 def _histogram(labels: np.ndarray) -> np.ndarray:
     return np.bincount(labels.ravel(), minlength=256)
+
+
+def _turn_differently(image_path: Path, mask_path: Path) -> bool:
+    """Whether EXIF turns an image and its mask differently, but neither or both between upright and lying."""
+    with open_image(image_path) as image, open_image(mask_path) as mask:
+        one, other = orientation(image), orientation(mask)
+        square = image.width == image.height
+        return one != other and (square or (one in ON_ITS_SIDE) == (other in ON_ITS_SIDE))
 
 
 def _has_its_end(path: Path, image_format: str | None) -> bool:
@@ -210,6 +220,8 @@ class SplitReport:
     """Name in messages → hash of the image's content, for readable images."""
     oddities: dict[str, str] = field(default_factory=dict)
     """File → what is wrong with it in its folder, which may be the folder of all splits."""
+    ambiguous: list[str] = field(default_factory=list)
+    """Names in messages of the images that are turned by EXIF unlike their masks; see `Sample`."""
     incomplete: set[str] = field(default_factory=set)
     """Files of pairs of which one is missing."""
     faults: list[str] = field(default_factory=list)
@@ -224,6 +236,8 @@ class SplitReport:
         if sample.counts is not None:
             self.pixels += sample.counts
             self.surroundings += (sample.counts > 0) * sample.counts[:IGNORE_INDEX].sum()
+        if sample.ambiguous:
+            self.ambiguous.append(sample.source)
         if sample.size and not sample.faults:
             self.sizes[index] = sample.size
 

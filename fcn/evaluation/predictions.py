@@ -20,11 +20,13 @@ from fcn.data import (
     EvalSampler,
     MaskFormat,
     batch_loader,
+    check_sizes,
     classes_and_format,
     decode,
     index_format,
     open_image,
     read_pixels,
+    size_of,
     walk_images,
 )
 from fcn.distributed import DistributedContext
@@ -155,19 +157,19 @@ class Loaded(NamedTuple):
 class ImageBatches(Dataset):
     """Loads images: `batches[places]` is (a `Loaded` for each size, a line for each image that cannot be read)."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
+    def __init__(self, paths: Sequence[Path], exif: bool) -> None:
+        self.paths, self.exif = paths, exif
 
     def __getitem__(self, places: Sequence[int]) -> tuple[list[Loaded], list[str]]:
         read: list[tuple[int, np.ndarray]] = []
         faults = []
         for place in places:
             try:
-                read.append((place, read_pixels(self.paths[place])))
+                read.append((place, read_pixels(self.paths[place], self.exif)))
             except InputError as error:
                 faults.append(str(error))
         loaded = []
-        # They have equal sizes by their headers, but EXIF orientation may turn some of them.
+        # They have equal sizes by their headers, which may be wrong.
         read.sort(key=lambda pair: pair[1].shape)
         for _, group in groupby(read, lambda pair: pair[1].shape):
             indices, images = zip(*group, strict=True)
@@ -184,13 +186,14 @@ def predict_files(trained: Trained, files: Sequence[Files], context: Distributed
         all ranks.
     """
     config, faults, predicted = trained.config, [], 0
-    sizes = distributed.all_gather_object([_size(file.image) for file in files] if context.rank == 0 else [])[0]
+    exif = config.data.exif_orientation
+    sizes = distributed.all_gather_object([_size(file.image, exif) for file in files] if context.rank == 0 else [])[0]
     readable = [file for file, size in zip(files, sizes, strict=True) if not isinstance(size, str)]
     if context.rank == 0:
         faults += [size for size in sizes if isinstance(size, str)]
     sizes = [size for size in sizes if not isinstance(size, str)]
     sampler = EvalSampler(sizes, batch_size=config.eval.batch_size, rank=context.rank, world_size=context.size)
-    batches = ImageBatches([file.image for file in readable])
+    batches = ImageBatches([file.image for file in readable], exif)
     workers = config.data.workers if len(sampler) > config.data.workers else 0
     try:
         with _progress(sum(map(len, sampler)), context) as progress:
@@ -230,23 +233,20 @@ def _predict_batch(trained: Trained, files: Sequence[Files], images: torch.Tenso
     return faults
 
 
-def _size(path: Path) -> tuple[int, int] | str:
-    """(height, width) from an image's header, before its EXIF orientation; or what is wrong with the file."""
+def _size(path: Path, exif: bool) -> tuple[int, int] | str:
+    """(height, width) from an image's header, or what is wrong with the file."""
     try:
         with open_image(path) as image:
-            return image.height, image.width
+            return size_of(image, exif)[::-1]
     except InputError as error:
         return str(error)
 
 
 def _read_labels(file: Files, size: tuple[int, int], trained: Trained) -> np.ndarray:
     """The labels of an image, in the mask format of the training data set."""
-    mask = decode(file.label)
-    if (mask.height, mask.width) != size:
-        raise InputError(
-            f"{file.label}: found a mask of {mask.width}x{mask.height} pixels for the image {file.image.name} of "
-            f"{size[1]}x{size[0]}; accepted: equal sizes"
-        )
+    exif = trained.config.data.exif_orientation
+    mask = decode(file.label, exif)
+    check_sizes(file.image, size[::-1], file.label, mask.size, exif)
     return _mask_format(trained).decode(mask, file.label)
 
 

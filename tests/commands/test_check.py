@@ -199,6 +199,44 @@ def test_real_camvid_and_its_memory(camvid_root):
     assert (status, car.split()[1]) == (0, f"{(stored == 8).sum():,}")
 
 
+def test_masks_that_may_lie_otherwise_than_their_images_are_one_warning(tmp_path):
+    """Of each orientation an image of 48x32 whose mask has none, or the same; 5 to 8 fit only if drawn upright."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    for number in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = number
+        write_pair(tmp_path, f"none{number}", exif=exif)
+        write_pair(tmp_path, f"same{number}", exif=exif)
+        with Image.open(tmp_path / f"masks/same{number}.png") as mask:
+            mask.load()
+        mask.save(tmp_path / f"masks/same{number}.png", exif=exif)
+        if number > 4:
+            mask.transpose(Image.Transpose.ROTATE_90).save(tmp_path / f"masks/none{number}.png")
+    exif[0x0112] = 3
+    write_pair(tmp_path, "only_mask")
+    with Image.open(tmp_path / "masks/only_mask.png") as mask:
+        mask.save(tmp_path / "masks/only_mask.png", exif=exif)
+    exif[0x0112] = 6
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "images/square.jpg", exif=exif)
+    Image.fromarray(np.eye(32, dtype=np.uint8) * 2).save(tmp_path / "masks/square.png")
+    names = sorted(path.stem for path in (tmp_path / "images").iterdir())
+    (tmp_path / "train.txt").write_text("\n".join(names[:10]) + "\n")
+    (tmp_path / "val.txt").write_text("\n".join(names[10:]) + "\n")
+    for arguments in ([], ["--headers"]):
+        status, lines = check(tmp_path, *FOLDER, *SMALL, arguments=arguments)
+        (warning,) = (line for line in of_kind("warning", lines) if "EXIF" in line)
+        assert warning == (
+            f"{tmp_path}/images/none2.jpg: its EXIF orientation is not its mask's (5 such images); each file is turned "
+            f"by its own; if masks were drawn on the pixels as stored, set data.exif_orientation=false"
+        )
+        assert (status, of_kind("fault", lines)) == (0, [])
+    _, lines = check(tmp_path, *FOLDER, *SMALL, "data.exif_orientation=false")
+    assert not [line for line in of_kind("warning", lines) if "EXIF" in line]
+    assert len(of_kind("fault", lines)) == 4
+    assert all("set data.exif_orientation=true" in fault for fault in of_kind("fault", lines))
+
+
 # --- memory --------------------------------------------------------------------------------------------------------
 
 

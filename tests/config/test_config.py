@@ -898,6 +898,7 @@ def test_total_steps(length, images, batch, steps):
         ("train.batch_size", 24, "12 → 24", True),
         ("train.sync_bn", False, "true → false", True),
         ("seed", 1, "0 → 1", True),
+        ("data.exif_orientation", False, "true → false", True),
         ("train.steps", 500, "400 → 500", False),
         ("train.precision", "fp32", "the text 'bf16' → the text 'fp32'", False),
         ("data.workers", 0, "4 → 0", False),
@@ -929,7 +930,7 @@ def test_checkpoint_from_before_there_were_other_losses_is_of_the_same_run(load)
 def test_a_key_that_is_newer_than_a_checkpoint_had_its_default():
     new = to_dict(load_config(CONFIGS[0]))
     old = to_dict(load_config(CONFIGS[0]))
-    for key in ("mean", "std", "on_error", "values"):
+    for key in ("mean", "std", "on_error", "values", "exif_orientation"):
         del old["data"][key]
     assert config_changes(old, new) == ([], [])
     new["data"]["mean"] = [0.5, 0.5, 0.5]

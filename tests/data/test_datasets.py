@@ -54,6 +54,12 @@ def pixels(path):
         return np.array(image)
 
 
+def exif(number):
+    found = Image.Exif()
+    found[0x0112] = number
+    return found
+
+
 # --- what is right is read -----------------------------------------------------------------------------------------
 
 
@@ -131,6 +137,64 @@ def test_camvid_id_may_hold_a_dot(camvid):
         (camvid / folder / "0001.png").rename(camvid / folder / "seq.0001.png")
     (camvid / "train.txt").write_text("seq.0001\n")
     assert build_dataset(Data(name="camvid", root=str(camvid)), "train").name(0) == "seq.0001"
+
+
+# Mirrored, a half turn, lying: the labels say where the image's pixels are.
+@pytest.mark.parametrize("number", [2, 3, 4, 6])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_mask_lies_on_its_image_whoever_turned_it(voc, number, suffix):
+    """Drawn upright, without EXIF; drawn on the stored pixels, with the image's EXIF or without."""
+    labels = np.random.default_rng(1).integers(0, 21, (6, 8), np.uint8)
+    image = Image.fromarray(np.repeat(labels[..., None] * 10, 3, 2))
+    dataset = build_dataset(Data(name="voc", root=str(voc)), "train")
+    upright = dataset.pairs[0][1].with_name(f"upright.{suffix}")
+    pairs = [(image_path.with_suffix(f".{suffix}"), upright) for image_path, _ in dataset.pairs]
+    image.save(pairs[0][0], exif=exif(number))
+    turn = {2: np.fliplr, 3: lambda p: np.rot90(p, 2), 4: np.flipud, 6: lambda p: np.rot90(p, -1)}[number]
+    Image.fromarray(np.ascontiguousarray(turn(labels))).save(upright)
+    Image.fromarray(labels).save(upright.with_stem("copied"), exif=exif(number))
+    Image.fromarray(labels).save(upright.with_stem("stored"))
+    for name, keys in (("upright", (True,)), ("copied", (True, False)), ("stored", (False,))):
+        for key in keys:
+            data = Data(name="voc", root=str(voc), exif_orientation=key)
+            one = build_dataset(data, "train", pairs=[(pairs[0][0], upright.with_stem(name))])
+            pixels, found = one.read_arrays(0)
+            assert np.array_equal(pixels[..., 0], found * 10)
+            assert one.size(0) == found.shape
+
+
+@pytest.mark.parametrize("key", [True, False])
+def test_pillow_images_of_an_own_data_set_are_turned_by_the_same_key(tmp_path, monkeypatch, key):
+    (tmp_path / "oriented.py").write_text(
+        "from PIL import Image\n"
+        "def build(root, split):\n"
+        "    return [[Image.open(f'{root}/{name}.png') for name in ('image', 'mask')]]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    labels = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    Image.fromarray(labels).save(tmp_path / "image.png", exif=exif(6))
+    Image.fromarray(labels).save(tmp_path / "mask.png", exif=exif(6))
+    data = Data(name="oriented:build", root=str(tmp_path), classes=tuple("abcdef"), exif_orientation=key)
+    image, found = map(np.asarray, build_dataset(data, "train").read(0))
+    assert np.array_equal(found, np.rot90(labels, -1) if key else labels)
+    assert np.array_equal(image[..., 0], found)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        (True, "8x6 pixels for the image a.jpg of 6x8 after it was turned by its EXIF orientation; accepted: equal "
+               "sizes; if masks were drawn on the pixels as stored, set data.exif_orientation=false"),
+        (False, "6x8 pixels for the image a.jpg of 8x6 without its EXIF orientation; accepted: equal sizes; if masks "
+                "were drawn on the upright image, set data.exif_orientation=true"),
+    ],
+)  # fmt: skip
+def test_sizes_that_differ_by_exif_name_the_key(voc, key, words):
+    picture().save(voc / "JPEGImages/a.jpg", exif=exif(6))
+    mask(*[[0] * (8 if key else 6)] * (6 if key else 8)).save(voc / "SegmentationClass/a.png")
+    with pytest.raises(InputError) as caught:
+        build_dataset(Data(name="voc", root=str(voc), exif_orientation=key), "train").read(0)
+    assert str(caught.value) == f"{voc}/SegmentationClass/a.png: found a mask of {words}"
 
 
 def test_ignore_index_becomes_255_and_255_stays(voc):

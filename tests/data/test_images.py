@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fcn.data import is_image, read_pixels
-from fcn.data.images import _decode_jpeg
+from fcn.data import decode, is_image, open_image, read_pixels, size_of, voc_palette
+from fcn.data.images import _decode_jpeg, orientation
 from fcn.errors import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
@@ -100,25 +100,67 @@ def test_alpha_is_dropped(tmp_path):
     assert np.array_equal(read(tmp_path / "image.png"), PIXELS)
 
 
-@pytest.mark.parametrize(
-    ("orientation", "turn"),
-    [
-        (1, lambda p: p),
-        (2, np.fliplr),
-        (3, lambda p: np.rot90(p, 2)),
-        (4, np.flipud),
-        (5, lambda p: p.transpose(1, 0, 2)),
-        (6, lambda p: np.rot90(p, -1)),
-        (7, lambda p: np.rot90(p, 2).transpose(1, 0, 2)),
-        (8, np.rot90),
-    ],
-)
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_exif_orientation_turns_the_image(tmp_path, orientation, turn, suffix):
+def orient(number) -> Image.Exif:
     exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(PIXELS).save(tmp_path / f"image{suffix}", exif=exif)
-    assert np.array_equal(read(tmp_path / f"image{suffix}"), turn(PIXELS))
+    exif[0x0112] = number
+    return exif
+
+
+TURNS = {
+    1: lambda p: p, 2: np.fliplr, 3: lambda p: np.rot90(p, 2), 4: np.flipud, 5: lambda p: p.swapaxes(0, 1),
+    6: lambda p: np.rot90(p, -1), 7: lambda p: np.rot90(p, 2).swapaxes(0, 1), 8: np.rot90,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", TURNS)
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
+def test_exif_orientation_turns_the_image_or_leaves_it_as_it_is_stored(tmp_path, number, suffix):
+    path = tmp_path / f"image{suffix}"
+    Image.fromarray(PIXELS).save(path, exif=orient(number), **({"lossless": True} if suffix == ".webp" else {}))
+    assert np.array_equal(read(path), TURNS[number](PIXELS))
+    assert np.array_equal(read_pixels(path, exif=False), PIXELS)
+
+
+@pytest.mark.parametrize("number", TURNS)
+def test_exif_orientation_of_a_jpeg(tmp_path, number):
+    path = tmp_path / "image.jpg"
+    Image.fromarray(PIXELS).save(path, exif=orient(number))
+    stored = np.asarray(Image.open(path))
+    assert np.array_equal(read(path), TURNS[number](stored))
+    assert np.array_equal(read_pixels(path, exif=False), stored)
+
+
+@pytest.mark.parametrize("number", TURNS)
+@pytest.mark.parametrize("kind", ["P", "L", "1", "I;16", "tiff", "late"])
+def test_masks_are_turned_alike_and_their_headers_tell_their_size(tmp_path, number, kind):
+    path, labels = tmp_path / ("mask.tif" if kind == "tiff" else "mask.png"), GREY // 128
+    mask = Image.fromarray(labels.astype(np.uint16) if kind == "I;16" else labels)
+    if kind == "P":
+        mask = mask.convert("P")
+        mask.putpalette(np.array(voc_palette(256)).ravel().tolist())
+    mask = mask.point(lambda x: 255 * x).convert("1") if kind == "1" else mask
+    mask.save(path, exif=orient(number))
+    if kind == "late":  # behind the pixels, where some programs write it
+        content = path.read_bytes()
+        start = content.index(b"eXIf") - 4
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        path.write_bytes(content[:start] + content[end:-12] + content[start:end] + content[-12:])
+    for exif, expected in ((True, TURNS[number](labels)), (False, labels)):
+        found = decode(path, exif)
+        assert (found.mode, found.format) == (mask.mode, "TIFF" if kind == "tiff" else "PNG")
+        assert np.array_equal(found, expected)
+        assert found.getpalette() == mask.getpalette()
+        with open_image(path) as opened:
+            assert size_of(opened, exif) == found.size
+
+
+def test_a_png_without_late_metadata_is_not_decoded_for_its_orientation(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "image.png", exif=orient(8))
+    content = (tmp_path / "image.png").read_bytes()
+    (tmp_path / "image.png").write_bytes(content[: content.index(b"IDAT")] + b"IDAT no pixels")
+    with open_image(tmp_path / "image.png") as image:
+        assert orientation(image) == 8
+        assert image.tile, "not loaded"
 
 
 def test_damaged_exif_stops_nobody(tmp_path, recwarn):

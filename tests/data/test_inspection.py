@@ -185,7 +185,10 @@ def sideways(content):
         (cut(encoded("jpeg")), "a.jpg: broken image (image file is truncated"),
         (cut(encoded("png")), "a.jpg: broken image ("),
         (cut(encoded("tiff")), "a.jpg: "),
-        (sideways(encoded("jpeg")), "a.png: found a mask of 96x64 pixels for the image a.jpg of 64x96 (is the image"),
+        (
+            sideways(encoded("jpeg")),
+            "a.png: found a mask of 96x64 pixels for the image a.jpg of 64x96 after it was turned by",
+        ),
         (b"", "a.jpg: cannot be read (not an image)"),
         (b"\xff\xd9", "a.jpg: cannot be read (not an image)"),
     ],

@@ -126,6 +126,18 @@ def test_image_that_lies_on_its_side_is_predicted_upright_beside_others_of_that_
         assert classes_of(output / f"{number}.png") == expected.tolist()
 
 
+def test_images_are_taken_as_they_are_stored_if_the_network_s_config_says_so(predict, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = save(tmp_path / "a.png", picture(5, 7), exif=exif)
+    save(tmp_path / "labels/a.png", np.ones((5, 7), np.uint8))
+    output = predict("--set", "data.exif_orientation=false", "--labels", tmp_path / "labels", image)
+    assert classes_of(output / "a.png") == picture(5, 7).argmax(2).tolist()
+    assert (np.asarray(Image.open(output / "panels/a.png"))[60:200, 400:700] == PALETTE[1]).all()
+    with pytest.raises(InputError, match=r"labels/a.png: found a mask of 7x5 [^\n]* set data.exif_orientation=false$"):
+        predict("--force", "--labels", tmp_path / "labels", image)
+
+
 def test_panels_of_the_images_that_have_labels(predict, tmp_path: Path) -> None:
     for name in ("a", "sub/b", "c"):
         save(tmp_path / f"in/{name}.png", picture(5, 7))
