@@ -14,15 +14,18 @@ class Counts:
     """What formulas need of a confusion matrix (C, C) of integers, with labels down and predictions across.
 
     Sums are exact integers. Scores of a class are from 0 to 1, or None: `iou` and `dice` if the class is neither in the
-    labels nor in the predictions, `recall` if it is not in the labels, `precision` if it is never predicted.
+    labels nor in the predictions, `recall` if it is not in the labels, `precision` if it is never predicted, and all
+    of them for the class `ignore_index`, if that is one. Where it is predicted, the labelled class is missed.
     """
 
-    def __init__(self, matrix: Sequence[Sequence[int]]) -> None:
+    def __init__(self, matrix: Sequence[Sequence[int]], ignore_index: int | None = None) -> None:
         self.correct = [row[place] for place, row in enumerate(matrix)]
         self.labelled = [sum(row) for row in matrix]
         self.predicted = [sum(column) for column in zip(*matrix, strict=True)]
         self.total = sum(self.labelled)
         self._classes = list(zip(self.correct, self.labelled, self.predicted, strict=True))
+        if ignore_index in range(len(matrix)):
+            self._classes[ignore_index] = (0, 0, 0)
 
     @property
     def iou(self) -> list[float | None]:
@@ -77,14 +80,14 @@ CLASS_METRICS = {
 """Scores of each class."""
 
 
-def scores(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str, Any]:
+def scores(matrix: Sequence[Sequence[int]], names: Sequence[str], ignore_index: int | None = None) -> dict[str, Any]:
     """All metrics of a confusion matrix (C, C), except details.
 
     Returns:
         The metrics of the split by their keys; those of classes as a dict from class names to scores. "classes" is the
         number of classes in the labels or the predictions, which are the ones that count in "miou".
     """
-    counts = Counts(matrix)
+    counts = Counts(matrix, ignore_index)
     found: dict[str, Any] = {key: metric.formula(counts) for key, metric in METRICS.items()}
     for key, metric in CLASS_METRICS.items():
         if not metric.detail:

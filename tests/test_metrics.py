@@ -1,5 +1,6 @@
 """The table of metrics, against numbers worked out by hand."""
 
+import math
 import random
 
 import pytest
@@ -36,6 +37,37 @@ def test_a_class_that_is_predicted_and_never_labelled_counts_in_iou_and_not_in_r
     assert found["miou"] == 3 / 8
     assert found["mean_acc"] == 3 / 4
     assert found["fw_iou"] == 3 / 4
+
+
+@pytest.mark.parametrize("ignored", [None, 255, 0, 1, 2])
+def test_an_ignored_class_has_no_score_and_is_in_no_mean_beside_sets_of_pixels(ignored):
+    """As if only the other classes were scored; what is predicted as the ignored one is a miss."""
+    rng = random.Random(0)
+    pixels = [(rng.randrange(4), rng.randrange(4)) for _ in range(500)]
+    pixels = [(label, found) for label, found in pixels if label not in (ignored, 3) and found != 3]
+    matrix = [[pixels.count((label, found)) for found in range(4)] for label in range(4)]
+    ious, dices, recalls = {}, {}, {}
+    for name, c in zip(NAMES, range(3)):
+        labelled = {place for place, (label, _) in enumerate(pixels) if label == c}
+        predicted = {place for place, (_, found) in enumerate(pixels) if found == c}
+        assert predicted, "also of the ignored class"
+        if c != ignored:
+            ious[name] = len(labelled & predicted) / len(labelled | predicted)
+            dices[name] = 2 * len(labelled & predicted) / (len(labelled) + len(predicted))
+            recalls[name] = len(labelled & predicted) / len(labelled)
+    found, counts = scores(matrix, NAMES, ignored), Counts(matrix, ignored)
+    assert found["iou"] == dict.fromkeys(NAMES) | ious
+    assert found["dice"] == dict.fromkeys(NAMES) | dices
+    assert found["classes"] == len(ious) == (3 if ignored in (None, 255) else 2)
+    assert found["miou"] == pytest.approx(sum(ious.values()) / len(ious), rel=1e-15)
+    assert found["mdice"] == pytest.approx(sum(dices.values()) / len(dices), rel=1e-15)
+    assert found["mean_acc"] == pytest.approx(sum(recalls.values()) / len(recalls), rel=1e-15)
+    assert found["pixel_acc"] == sum(label == found for label, found in pixels) / len(pixels)
+    shares = [[label for label, _ in pixels].count(NAMES.index(name)) / len(pixels) for name in ious]
+    assert found["fw_iou"] == pytest.approx(sum(map(math.prod, zip(shares, ious.values()))), rel=1e-14)
+    for key in ("precision", "recall"):
+        values = dict(zip(NAMES, CLASS_METRICS[key].formula(counts)))
+        assert {name for name, value in values.items() if value is not None} == ious.keys()
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])

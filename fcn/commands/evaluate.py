@@ -67,7 +67,7 @@ def evaluate(args: argparse.Namespace, context: DistributedContext) -> int:
         say(tracking.score_table(record))
         say(tracking.score_line(record))
         if args.json:
-            result = {**record, "checkpoint": args.checkpoint, "confusion_matrix": found.matrix.counts.tolist()}
+            result = {**record, "checkpoint": args.checkpoint, **found.counts()}
             write_atomically(Path(args.json), json.dumps(result, indent=1) + "\n")
         if args.pictures:
             with must_be_writable(f"--pictures {args.pictures}"):

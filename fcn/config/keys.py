@@ -296,7 +296,8 @@ class Loss:
     keep: PositiveFraction | None = only("ohem")
     """Fraction of each image's valid pixels that count, those with the largest loss (ohem; null: 0.25)."""
     ignore_index: Byte = 255
-    """Label value that counts in neither loss nor score."""
+    """Label value that counts in neither loss nor score. A class with this index has no score and is in no mean; where
+    the network predicts it, the labelled class is missed."""
     aux_weight: NotNegative = 0.5
     """Weight of the auxiliary head's loss, if the network has one. The logged loss includes it."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fcn import distributed, metrics
+from fcn.data import IGNORE_INDEX
 
 
 def count_values(values: torch.Tensor, length: int) -> torch.Tensor:
@@ -24,15 +25,18 @@ class ConfusionMatrix:
 
     The counts are integers, so the order of images, batches and ranks does not matter, and nothing is lost past 2^24 as
     in float32.
+
+    Args:
+        ignore_index: a further label that is not counted, beside 255. If it is a class, that has no score.
     """
 
-    def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str = "cpu") -> None:
+    def __init__(self, num_classes: int, ignore_index: int = IGNORE_INDEX, device: torch.device | str = "cpu") -> None:
         self.num_classes, self.ignore_index = num_classes, ignore_index
         # Two more bins than pairs of classes: for ignored pixels, and for values that are no class.
         self._bins = torch.zeros(num_classes * num_classes + 2, dtype=torch.int64, device=device)
 
     def update(self, labels: torch.Tensor, predictions: torch.Tensor) -> torch.Tensor:
-        """Count labels (0 to C-1 or `ignore_index`) and predictions (0 to C-1) of one shape and any integer type.
+        """Count labels (0 to C-1, 255 or `ignore_index`) and predictions (0 to C-1) of one shape and any integer type.
 
         Returns:
             The counts of each image, (N, C, C) int64 on this matrix's device. Tensors with fewer than three dimensions
@@ -52,7 +56,7 @@ class ConfusionMatrix:
         )
         no_class = (labels < 0) | (labels >= c) | (predictions < 0) | (predictions >= c)
         bins = torch.where(no_class, c * c + 1, labels * c + predictions)
-        bins = torch.where(labels == self.ignore_index, c * c, bins)
+        bins = torch.where((labels == IGNORE_INDEX) | (labels == self.ignore_index), c * c, bins)
         bins += torch.arange(0, images * length, length, device=bins.device)[:, None]
         counts = count_values(bins.reshape(-1), images * length).reshape(images, length)
         self._bins += counts.sum(0)
@@ -76,18 +80,20 @@ class ConfusionMatrix:
 
     def scores(self, names: Sequence[str]) -> dict[str, Any]:
         """Every metric of `fcn.metrics`, for classes of these names."""
-        return metrics.scores(self.counts.tolist(), names)
+        return metrics.scores(self.counts.tolist(), names, self.ignore_index)
 
 
-def image_miou(counts: torch.Tensor) -> torch.Tensor:
+def image_miou(counts: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> torch.Tensor:
     """Mean IoU of each image over the classes in its labels or predictions; NaN if no pixel is valid.
 
     Args:
         counts: (N, C, C) int64, as `ConfusionMatrix.update` returns them.
+        ignore_index: a class that does not count, if it is one.
 
     Returns:
         (N,) float64 on the same device.
     """
     correct = counts.diagonal(dim1=1, dim2=2).double()
     union = counts.sum(1) + counts.sum(2) - correct
+    union[:, ignore_index : ignore_index + 1] = 0
     return (correct / union.clamp_min(1)).sum(1) / (union > 0).sum(1)

@@ -64,6 +64,10 @@ class Evaluation:
             "protocol": protocol(config.eval, config.data.crop),
         }
 
+    def counts(self) -> Record:
+        """The exact counts as plain numbers, from which all scores follow."""
+        return {"confusion_matrix": self.matrix.counts.tolist(), "ignore_index": self.matrix.ignore_index}
+
     def worst(self, count: int) -> list[int]:
         """Indices of the images with the lowest scores, lowest first, without images that have no valid pixel."""
         order = self.image_miou.argsort(stable=True)
@@ -91,7 +95,8 @@ def evaluate_split(evaluator: Evaluator, stop: Callable[[], bool] = lambda: Fals
     batches = EvalBatches(dataset, evaluator.transform)
     patience = Patience(evaluator.config.train.timeout, stop)
     loader = batch_loader(batches, sampler, evaluator.config.data.workers, context.device, patience)
-    matrix = ConfusionMatrix(len(dataset.classes), device=context.device)
+    ignore_index = evaluator.config.loss.ignore_index
+    matrix = ConfusionMatrix(len(dataset.classes), ignore_index, context.device)
     seen = torch.zeros(len(dataset), dtype=torch.int64)
     image_scores = torch.zeros(len(dataset), dtype=torch.float64, device=context.device)
     fault = None
@@ -108,7 +113,7 @@ def evaluate_split(evaluator: Evaluator, stop: Callable[[], bool] = lambda: Fals
             tensor.to(context.device, non_blocking=True) for tensor in (batch.images, batch.labels, batch.indices)
         )
         counts = matrix.update(labels, evaluator.predict(images, tuple(labels.shape[-2:])))
-        image_scores[indices] = image_miou(counts)
+        image_scores[indices] = image_miou(counts, ignore_index)
     model.train(was_training)
     distributed.raise_on_all_ranks(fault)
     _leave_together(stop)

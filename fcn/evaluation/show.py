@@ -23,15 +23,15 @@ def show_scores(found: Evaluation, record: Record, folder: Path, worst: bool) ->
         worst: also draw the images with the lowest scores.
     """
     dataset, split = found.evaluator.dataset, found.evaluator.split
-    classes, matrix = dataset.classes, found.matrix.counts.numpy()
+    classes = dataset.classes
     names = [dataset.name(index) for index in range(len(dataset))]
     images = [[name, None if math.isnan(score) else score] for name, score in zip(names, found.image_miou.tolist())]
-    details = {"classes": classes.names, "palette": classes.palette, "confusion_matrix": matrix.tolist()}
+    details = {"classes": classes.names, "palette": classes.palette, **found.counts()}
     write_atomically(folder / scores_name(split), json.dumps({**record, **details, "image_miou": images}) + "\n")
     samples = []
     if found.evaluator.config.eval.pictures:
         samples = draw_scores(found, record["step"], folder / "pictures", worst)
-    return Scores(record, classes, matrix, samples)
+    return Scores(record, classes, found.matrix.counts.numpy(), samples)
 
 
 def draw_scores(found: Evaluation, step: int, folder: Path, worst: bool = True) -> list[Sample]:

@@ -237,7 +237,7 @@ def _split(run: RunFiles, name: str, record: Record) -> dict[str, Any]:
     matrix = record.get("confusion_matrix", [])
     shares = [0.0] * len(names)
     if matrix:
-        counts = Counts(matrix)
+        counts = Counts(matrix, record.get("ignore_index"))
         columns = {key: metric.formula(counts) for key, metric in CLASS_METRICS.items()}
         shares = [labelled / max(1, counts.total) for labelled in counts.labelled]
     palette = record.get("palette")

@@ -83,7 +83,7 @@ def _is_palette(value: object) -> bool:
 
 FIELDS: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("event", "time", "text", "split", "protocol", "status", "checkpoint"), _is_text),
-    **dict.fromkeys(("step", "steps", "skipped"), _is_count),
+    **dict.fromkeys(("step", "steps", "skipped", "ignore_index"), _is_count),
     **dict.fromkeys(("images_per_s", "lr", "epoch", "step_s", "data_wait", "save_wait", "eta_s"), _is_number),
     **dict.fromkeys(("loss", "grad_norm", "memory_gb", "of_peak", *METRICS), _is_score),
     **dict.fromkeys(CLASS_METRICS, _are_scores_by_name),

@@ -187,7 +187,13 @@ def read_all(folder: Path) -> None:
 def test_records_of_any_content_are_read_or_left_out(tmp_path, capsys, monkeypatch, file):
     monkeypatch.setattr("fcn.reports.html._curves", lambda run: [])  # the same records, drawn a hundred times
     good = {"train": TRAIN, "scored": EVAL, "summary": SUMMARY, "beat": BEAT}
-    good["details"] = {"step": 3, "classes": ["a"], "confusion_matrix": [[4]], "palette": [[1, 2, 3]]}
+    good["details"] = {
+        "step": 3,
+        "classes": ["a"],
+        "confusion_matrix": [[4]],
+        "palette": [[1, 2, 3]],
+        "ignore_index": 0,
+    }
     good["details"]["image_miou"] = [["a", 0.5]]
     for key in good[file]:
         for odd in ODD:

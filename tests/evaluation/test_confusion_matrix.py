@@ -83,8 +83,8 @@ def test_the_order_of_updates_does_not_matter():
 
 @pytest.mark.parametrize("ignore_index", [255, 0, -1])
 def test_ignored_pixels_are_counted_nowhere(ignore_index):
-    labels = torch.tensor([ignore_index, 1, 2, ignore_index])
-    counts = matrix(labels, torch.tensor([0, 1, 1, 2]), ignore_index=ignore_index).counts
+    labels = torch.tensor([ignore_index, 1, 2, ignore_index, 255])
+    counts = matrix(labels, torch.tensor([0, 1, 1, 2, 0]), ignore_index=ignore_index).counts
     assert counts.tolist() == [[0, 0, 0], [0, 1, 0], [0, 1, 0]]
 
 
@@ -136,3 +136,13 @@ def test_the_score_of_an_image_is_over_its_own_classes_and_nan_without_a_valid_p
     assert first == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert math.isnan(nothing)
     assert third == pytest.approx((2 / 3 + 0) / 2)  # classes 2 and 3
+
+
+def test_an_ignored_class_is_not_in_the_score_of_an_image():
+    labels = torch.tensor([[[255, 1, 1, 2]], [[255, 255, 255, 255]]])
+    predictions = torch.tensor([[[0, 0, 1, 2]], [[0, 1, 2, 0]]])
+    counts = ConfusionMatrix(3, ignore_index=0).update(labels, predictions)
+    first, nothing = image_miou(counts, 0).tolist()
+    assert first == pytest.approx((1 / 2 + 1) / 2)
+    assert math.isnan(nothing)
+    assert image_miou(counts)[0].item() == pytest.approx((0 + 1 / 2 + 1) / 3)

@@ -177,6 +177,18 @@ def test_a_finished_run_is_told_with_its_scores(reports):
     assert re.search(rf"image\s+mIoU\s+{re.escape(image)}\s+{score:.4f}", text), "the worst image leads"
 
 
+def test_a_class_that_is_ignored_has_no_score_in_the_table_either(copied):
+    path = copied / "scores_val.json"
+    details = json.loads(path.read_text())
+    assert details["ignore_index"] == 255
+    details["confusion_matrix"][0] = [0] * len(CLASSES)
+    assert sum(row[0] for row in details["confusion_matrix"]), "predicted for others"
+    for ignored, score in ((255, r"\d\.\d{4}"), (0, "absent")):
+        path.write_text(json.dumps(details | {"ignore_index": ignored}))
+        text = Reader(write_report(copied).read_text()).text
+        assert re.search(rf"{CLASSES[0]}\s+{score}\s+{score}\s+{score}\s+absent\s+0.00%", text)
+
+
 def test_it_says_what_ran_and_with_what(reports):
     text = Reader(reports.finished).text
     assert re.search(r"unet, [\d,]+ parameters", text)
