@@ -66,6 +66,8 @@ def evaluate(args: argparse.Namespace, context: DistributedContext) -> int:
         record = {"step": trained.step, **found.record()}
         say(tracking.score_table(record))
         say(tracking.score_line(record))
+        if problem := tracking.nothing_to_score(record):
+            say(f"warning: {problem}")
         if args.json:
             result = {**record, "checkpoint": args.checkpoint, **found.counts()}
             write_atomically(Path(args.json), json.dumps(result, indent=1) + "\n")

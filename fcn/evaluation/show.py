@@ -48,8 +48,8 @@ def draw_scores(found: Evaluation, step: int, folder: Path, worst: bool = True) 
     # Spread over the split: neighbours are often frames of one video.
     samples = label_images(found, [i * len(dataset) // count for i in range(count)])
     plots.save(plots.panels(samples, classes), folder / f"{split}_{step:08d}.png")
-    if worst:
-        plots.save(plots.panels(label_images(found, found.worst(count)), classes), folder / f"{split}_worst.png")
+    if worst and (lowest := found.worst(count)):
+        plots.save(plots.panels(label_images(found, lowest), classes), folder / f"{split}_worst.png")
     return samples
 
 

@@ -105,8 +105,9 @@ def _progress(folder: Path, records: Sequence[Record], beats: Sequence[Heartbeat
     if scored:
         last = scored[-1]
         best = max(scored, key=lambda record: -1.0 if record["miou"] is None else record["miou"])
-        found = f"mIoU {shown(last['miou'])} on {last['split']} at step {last['step']}"
-        lines.append(f"  {found}; best {shown(best['miou'])} at step {best['step']}")
+        lines.append(f"  mIoU {shown(last['miou'])} on {last['split']} at step {last['step']}")
+        if best["miou"] is not None:
+            lines[-1] += f"; best {shown(best['miou'])} at step {best['step']}"
     kept = list_checkpoints(folder / "checkpoints")
     if kept:
         saved = int(kept[-1].stem.removeprefix("step_"))

@@ -7,7 +7,7 @@ from fcn.lazy import door
 
 __getattr__, __all__ = door(
     __name__,
-    console="Console score_line score_table",
+    console="Console nothing_to_score score_line score_table",
     environment="environment_of versions",
     metrics_file="MetricsFile record_failure",
     records="TIME_FORMAT Record event is_sound read_foreign read_records read_summary resumed_steps rewind_metrics "

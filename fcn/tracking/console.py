@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from fcn.metrics import CLASS_METRICS, METRICS, shown
-from fcn.text import duration, printable, table
+from fcn.text import duration, plural, printable, table
 from fcn.tracking.metrics_file import LineFile
 from fcn.tracking.records import TIME_FORMAT, Record, event
 from fcn.tracking.tracker import Tracker
@@ -32,6 +32,8 @@ class Console(Tracker):
         self.live = bool(self.stream and self.stream.isatty())
         self._width = 0
         self._failed = False
+        self._unlabelled: set[str] = set()
+        """Splits without a labelled pixel that were warned of."""
         self._lock = threading.Lock()
         """Other threads write, too: the saver its warnings, and the signals' thread."""
         self._pending: list[Record] = []
@@ -112,6 +114,10 @@ class Console(Tracker):
             self.line(f"epoch {record['epoch']}: {len(record['faults'])} broken images were replaced by others")
         elif record["event"] == "eval":
             self.line(score_line(record))
+            split, problem = record["split"], nothing_to_score(record)
+            if problem and split not in self._unlabelled:
+                self._unlabelled.add(split)
+                self.warning(problem)
 
 
 def _fitting(text: str, width: int) -> str:
@@ -136,6 +142,16 @@ def score_line(record: Record) -> str:
     parts[0] += f" over {record['classes']} classes"
     head = f"{record['split']} at step {record['step']} ({record['protocol']}): "
     return head + ", ".join([*parts, f"{record['images']} images"])
+
+
+def nothing_to_score(record: Record) -> str | None:
+    """Why an evaluation has no score, and what to do; None if it has one."""
+    if record["miou"] is not None:
+        return None
+    return (
+        f"split '{record['split']}': no pixel of its {plural(record['images'], 'image')} is labelled, so there is "
+        f"nothing to score; correct its masks, data.values or loss.ignore_index, or choose another split"
+    )
 
 
 def score_table(record: Record) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fcn.checkpoints import checkpoint_path
 from fcn.config import TRUST_OPTION
 from fcn.metrics import METRICS, best_metric, shown
 from fcn.text import plural
@@ -85,7 +86,7 @@ def _devices(run: Run, hosts: Sequence[str]) -> str:
 
 def end_banner(run: Run, summary: Record) -> str:
     """The result of a finished run, where to find it, and what to type next."""
-    score = "absent (no valid pixel)" if summary["miou"] is None else shown(summary["miou"])
+    score = "absent (no labelled pixel)" if summary["miou"] is None else shown(summary["miou"])
     lines = [f"finished: mIoU {score} on {summary['split']} ({summary['images']} images)"]
     if run.best:
         metric = best_metric(run.best)
@@ -94,7 +95,8 @@ def end_banner(run: Run, summary: Record) -> str:
             f"at step {run.best['step']}"
         )
     network, dataset = run.config.model.name, run.config.data.name
-    checkpoint, program = run.checkpoints / "best.pt", f"{network.replace(':', '.')}.pt2"
+    checkpoint = run.checkpoints / "best.pt" if run.best else checkpoint_path(run.checkpoints, run.step)
+    program = f"{network.replace(':', '.')}.pt2"
     model_code, data_code = (f" {TRUST_OPTION} {name}" if ":" in name else "" for name in (network, dataset))
     data_code = "" if data_code == model_code else data_code
     commands = {

@@ -88,11 +88,12 @@ class Run:
         return self.step * batch // size > (self.step - 1) * batch // size
 
     def note_score(self, record: Record) -> bool:
-        """Remember an evaluation; returns whether it is the best one so far by `checkpoint.best`."""
+        """Remember an evaluation; returns whether it is the best one so far by `checkpoint.best`. Without a labelled
+        pixel it has no score, and is never the best."""
         metric = self.config.checkpoint.best
-        score, best = record[metric] or 0.0, (self.best or {}).get(metric)
+        score, best = record[metric], (self.best or {}).get(metric)
         self.last_eval = record
-        if best is not None and score <= best:
+        if score is None or (best is not None and score <= best):
             return False
         self.best = {metric: score, "step": self.step}
         return True

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from fcn.checkpoints import list_checkpoints, load_checkpoint
 from tests.dist.ranks import run, started, wait_for_line
@@ -78,6 +81,40 @@ def test_a_run_leaves_what_the_design_names(tiny, tmp_path: Path) -> None:
     again = train(2, tiny(data__test="train", train__ema=0.9, checkpoint__every=5, eval__pictures=2))
     assert "this run is finished" in again.stdout
     assert not records(folder, "train")[10:]
+
+
+def test_a_split_without_a_labelled_pixel_has_no_score_and_a_later_one_is_the_best(tiny, tmp_path, shapes_root) -> None:
+    root, folder = shutil.copytree(shapes_root, tmp_path / "shapes"), tmp_path / "run"
+    for name in (root / "ImageSets/Segmentation/val.txt").read_text().split():
+        mask = Image.open(root / f"SegmentationClass/{name}.png")
+        Image.new("L", mask.size, 255).save(root / f"SegmentationClass/{name}.png")
+    changes = {"data__root": str(root), "eval__pictures": 2, "wandb__mode": "offline", "wandb__artifact": True}
+    config = tiny(**changes)
+    done = train(2, config)
+    warning = (
+        "warning: split 'val': no pixel of its 10 images is labelled, so there is nothing to score; correct its masks, "
+        "data.values or loss.ignore_index, or choose another split"
+    )
+    assert (done.stdout.count(warning), done.stdout.count("warning:"), done.stderr.count("warning:")) == (1, 1, 0)
+    assert "finished: mIoU absent (no labelled pixel) on val (10 images)\n" in done.stdout
+    newest = folder / "checkpoints/step_00000010.pt"
+    assert f"python -m fcn evaluate --checkpoint {newest}\n" in done.stdout
+    assert [record["text"] for record in records(folder, "warning")] == [warning.removeprefix("warning: ")]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["miou"], summary["best"], load_checkpoint(newest)["best"]) == (None, None, None)
+    assert not (folder / "checkpoints/best.pt").exists()
+    assert not (folder / "pictures/val_worst.png").exists()
+    shown = [run(1, "-m", "fcn", *words).stdout for words in (["status", str(folder)], ["compare", *[str(folder)] * 2])]
+    shown.append((folder / "report.html").read_text())
+    assert [text.count("absent") > 0 for text in shown] == [True] * 3
+    assert not [text for text in shown if "0.0000" in text or re.search(r"[Bb]est(?! mIoU on)\b.*(step|at) \d", text)]
+    assert warning in run(1, "-m", "fcn", "evaluate", "--checkpoint", str(newest)).stdout
+
+    done = train(2, config, "data.val=train", "train.steps=15", "eval.pictures=0", "wandb.mode=disabled")
+    best = json.loads((folder / "summary.json").read_text())["best"]
+    assert best == {"miou": records(folder, "eval")[-1]["miou"], "step": 15}
+    assert f"; best mIoU on train {best['miou']:.4f} at step 15\n" in done.stdout
+    assert load_checkpoint(folder / "checkpoints/best.pt")["step"] == 15
 
 
 def test_whole_images_of_mixed_size_give_the_same_numbers(tiny, tmp_path: Path) -> None:
