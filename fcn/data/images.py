@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import warnings
@@ -64,7 +65,7 @@ def read_pixels(path: Path, exif: bool = True) -> np.ndarray:
     Raises:
         InputError: the file is unreadable or broken, or its pixels have no fixed range.
     """
-    with open_image(path) as image:
+    with fits_memory(path), open_image(path) as image:
         pixels = _decode_jpeg(image, exif)
         return np.asarray(to_rgb(_load(image, path, exif), path)) if pixels is None else pixels
 
@@ -106,6 +107,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 """EXIF orientation → the transposition that shows the image upright."""
+TILE_WIDTH, TILE_LENGTH = 0x0142, 0x0143
+"""Tags of a TIFF."""
 ON_ITS_SIDE = (5, 6, 7, 8)
 """EXIF orientations that swap height and width."""
 
@@ -164,21 +167,43 @@ def _to_8_bits(deep: np.ndarray, source: object) -> np.ndarray:
     return ((deep.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+"""Of an image: where Pillow refuses to open it."""
+MOST_BYTES = 8 * MOST_PIXELS
+"""Of a file: those of four channels of 16 bits, the most that Pillow reads, without compression."""
+
+
+@contextlib.contextmanager
+def fits_memory(source: object) -> Iterator[None]:
+    """Turn a lack of memory into an InputError."""
+    try:
+        yield
+    except MemoryError:
+        raise InputError(f"{source}: does not fit into memory; cut it into tiles, or lower data.workers") from None
+
+
 def open_image(path: Path) -> Image.Image:
     """Open a file and read its header: format, mode, size.
 
     Raises:
-        InputError: the file is missing, unreadable, or no image.
+        InputError: the file is missing, unreadable, or no image; or its header claims more than may be decoded.
     """
     try:
-        with warnings.catch_warnings():
+        with fits_memory(path), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the size of satellite images, and about damaged EXIF
-            return Image.open(path)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+            size = path.stat().st_size
+            if size > MOST_BYTES:  # decoders read as much of it as its headers ask for
+                raise InputError(f"{path}: found {size:,} bytes; accepted: up to {MOST_BYTES:,}; cut it into tiles")
+            image = Image.open(path)
+            tags = image.tag_v2 if image.format == "TIFF" else {}
+            if tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0) > MOST_PIXELS:  # Pillow knows the image's size alone
+                raise InputError(f"{path}: has tiles of more pixels than {MOST_PIXELS:,}; save it with smaller ones")
+            return image
+    except InputError:
+        raise
+    except Exception as error:  # what Pillow raises depends on the damage
         if isinstance(error, Image.DecompressionBombError):
-            raise InputError(
-                f"{path}: has more pixels than {2 * (Image.MAX_IMAGE_PIXELS or 0):,}; cut it into tiles"
-            ) from None
+            raise InputError(f"{path}: has more pixels than {MOST_PIXELS:,}; cut it into tiles") from None
         reason = "not an image"
         if not isinstance(error, UnidentifiedImageError):
             reason = getattr(error, "strerror", None) or str(error)
@@ -197,7 +222,7 @@ def decode(path: Path, exif: bool = True) -> Image.Image:
     Raises:
         InputError: the file is unreadable or broken.
     """
-    with open_image(path) as image:
+    with fits_memory(path), open_image(path) as image:
         return _load(image, path, exif)
 
 

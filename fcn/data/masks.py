@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fcn.data.images import DEEP
+from fcn.data.images import DEEP, fits_memory
 from fcn.data.labels import IGNORE_INDEX, RGB, Classes
 from fcn.errors import InputError
 
@@ -45,7 +45,8 @@ class MaskFormat:
             InputError: this format does not list a pixel's value; messages call the mask `source`.
         """
         try:
-            return self._decode(mask, source)
+            with fits_memory(source):
+                return self._decode(mask, source)
         except InputError as error:
             if mask.format == "JPEG":
                 raise InputError(f"{error}; JPEG does not keep labels, export masks as PNG") from None
@@ -196,8 +197,12 @@ def _numbers(mask: Image.Image) -> np.ndarray | None:
 
 def _colours(mask: Image.Image) -> np.ndarray:
     """Colours (H, W) as 0xRRGGBB."""
-    pixels = np.asarray(mask.convert("RGB")).astype(np.uint32)
-    return pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
+    pixels = np.asarray(mask.convert("RGB"))
+    colours = pixels[..., 0].astype(np.uint32)
+    for channel in (1, 2):
+        colours <<= 8
+        colours |= pixels[..., channel]
+    return colours
 
 
 @functools.lru_cache(maxsize=4)

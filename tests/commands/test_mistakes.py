@@ -224,7 +224,7 @@ MISTAKES = {
     "a training key while predicting": (
         nothing, "fcn", "predict --checkpoint {run} --output {folder}/out --set optim.lr=1 {data}",
         "--set optim.lr=1: accepted: KEY=VALUE with one of the keys eval.batch_size, eval.scales, eval.flip, "
-        "eval.window, train.precision, data.workers",
+        "eval.window, train.precision, data.workers, data.exif_orientation",
     ),
 }  # fmt: skip
 """What goes wrong → what was there before, the program, the user's words, and the message: all of it, or its end."""
