@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fcn.data import IGNORE_INDEX, Classes
 from fcn.files import replacing
+from fcn.text import printable
 from fcn.tracking.records import Record
 from fcn.tracking.tracker import Sample
 
@@ -131,8 +133,14 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
+def _in_a_line(text: str) -> str:
+    """A name as it is drawn: fonts have no control characters."""
+    return printable(text).replace("\n", " ")
+
+
 def _shortened(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
-    """Cut out the middle of a string so that it is at most `width` pixels wide."""
+    """A name, without its middle if it is wider than `width` pixels."""
+    text = _in_a_line(text)
     short, kept = text, len(text)
     while kept and font.getlength(short) > width:
         kept = kept * 9 // 10
@@ -171,7 +179,8 @@ def confusion(counts: np.ndarray, classes: Classes) -> Image.Image:
     labelled = counts.sum(1)
     shares = np.full(counts.shape, np.nan)
     np.divide(100 * counts, labelled[:, None], out=shares, where=labelled[:, None] > 0)
-    names = [name if len(name) <= 32 else f"{name[:20]}…{name[-11:]}" for name in classes.names]
+    names = [_in_a_line(name) for name in classes.names]
+    names = [name if len(name) <= 32 else f"{name[:20]}…{name[-11:]}" for name in names]
     side = min(18.0, 0.8 + 0.42 * len(classes))
     margin = 0.9 + 0.085 * max(map(len, names))
     figure = _figure(side + margin + 1.2, side + margin)
@@ -269,7 +278,7 @@ def _draw_scores(axis: Axes, records: Sequence[Record]) -> None:
     for split, points in splits.items():
         step, best = max(points, key=lambda point: point[1])
         style = "o-" if len(points) <= 50 else "-"
-        label = f"{split}, best {best:.4f} at {step}"
+        label = f"{_in_a_line(split)}, best {best:.4f} at {step}"
         (line,) = axis.plot(*zip(*points, strict=True), style, markersize=4, linewidth=1, label=label)
         axis.plot(step, best, "*", markersize=11, color=line.get_color(), markeredgecolor="black", zorder=3)
     highest = max((score for points in splits.values() for _, score in points), default=0)
@@ -288,5 +297,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def _drawn(figure: Figure) -> Image.Image:
     """Render a figure as an RGB image."""
-    figure.canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the font draws a box
+        figure.canvas.draw()
     return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())

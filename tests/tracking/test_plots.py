@@ -165,6 +165,28 @@ def many_classes(number: int, name: str = "{}") -> Classes:
     return Classes(tuple(name.format(index) for index in range(number)), voc_palette(number))
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"), [("a\x1b[31m\x07b", "a\\x1b[31m\\x07b"), ("a\nb\tc", "a b\\tc"), ("a\udcffb", "a\\udcffb")]
+)
+def test_control_characters_are_drawn_as_they_are_spelled(name, shown, recwarn):
+    """In heat map, legend, caption and curves, without a word of the drawing library's."""
+
+    def drawn(name):
+        classes = Classes((name, "green", "blue"), (RED, GREEN, BLUE))
+        sheet = panels([Sample(photo(9, 9), np.zeros((9, 9), np.uint8), np.zeros((9, 9), np.int64), name)], classes)
+        record = {"event": "eval", "step": 1, "split": name, "miou": 0.5}
+        return [np.asarray(picture) for picture in (confusion(np.eye(3, dtype=int), classes), sheet, curves([record]))]
+
+    for one, other in zip(drawn(name), drawn(shown), strict=True):
+        assert np.array_equal(one, other)
+    assert not recwarn.list
+
+
+def test_characters_that_the_font_lacks_are_boxes_without_a_warning(recwarn):
+    confusion(np.eye(3, dtype=int), Classes(("道路", "green", "blue"), (RED, GREEN, BLUE)))
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("name", ["{}", "class {} of a long & winded $name$, longer than any that is known"])
 @pytest.mark.parametrize("number", [2, 11, 21, 150])
 def test_a_heat_map_has_all_of_its_names_and_a_size_that_can_be_shown(number, name):
