@@ -151,7 +151,8 @@ def advice(config: Config, reports: Sequence[SplitReport]) -> Iterator[str]:
         yield f"data.val: '{config.data.val}' is the training split, so its scores are of images that were seen"
     if train.dataset and train.pixels.any():
         names = train.dataset.classes.names
-        absent = [name for name, pixels in zip(names, train.pixels, strict=False) if not pixels]
+        wanted = [place for place in range(len(names)) if place != config.loss.ignore_index]
+        absent = [names[place] for place in wanted if not train.pixels[place]]
         if absent:
             yield f"split '{train.split}': no pixel of {', '.join(absent)}; the network cannot learn what it never sees"
         if absent and config.data.name == "folder" and config.data.values is None and train.pixels[IGNORE_INDEX]:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -408,10 +409,20 @@ def test_without_a_readable_image_the_network_is_not_tried(tmp_path):
     assert (status, len(of_kind("fault", lines))) == (2, 1)
 
 
-def test_advice_is_no_fault(shapes_root):
-    status, lines = check(shapes_root, *SMALL, "data.crop=[200,300]", "data.val=train", "loss.ignore_index=3")
+def test_advice_is_no_fault(shapes_root, tmp_path):
+    root = shutil.copytree(shapes_root, tmp_path / "shapes")
+    for path in (root / "SegmentationClass").iterdir():
+        labels = np.asarray(Image.open(path))
+        Image.fromarray(np.where(labels == 3, np.uint8(0), labels)).save(path)
+    status, lines = check(root, *SMALL, "data.crop=[200,300]", "data.val=train")
     warnings = of_kind("warning", lines)
     assert [warning.partition(":")[0] for warning in warnings] == ["data.val", "split 'train'", "data.crop"]
     assert "no pixel of square;" in warnings[1]
     assert "300x200 (width x height) is higher or wider than 24 of 24 images" in warnings[2]
     assert (status, lines[-1]) == (0, "no faults, 3 warnings")
+
+
+def test_a_class_that_is_ignored_is_not_missed(shapes_root):
+    status, lines = check(shapes_root, *SMALL, "loss.ignore_index=3")
+    assert any(line.startswith("square 0") for line in (" ".join(line.split()) for line in lines))
+    assert (status, lines[-1]) == (0, "no faults, no warnings")
