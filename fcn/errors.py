@@ -8,3 +8,7 @@ class InputError(Exception):
     what is accepted, and the remedy. It is printed without a traceback and the run exits with status 2.
     Every other exception is a bug and keeps its traceback.
     """
+
+
+class OutOfMemory(InputError):  # noqa: N818 - as in PyTorch
+    """There is no room for an image on this machine; another one may have it, so the image is not broken."""

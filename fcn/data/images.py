@@ -13,16 +13,23 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from fcn.errors import InputError
+from fcn.errors import InputError, OutOfMemory
 
 DEEP = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
 """Pillow's modes of one channel with more than 8 bits."""
 
 
 @functools.cache
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read: all but EPS, for which it would start Ghostscript."""
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
+
+
+@functools.cache
 def suffixes() -> frozenset[str]:
-    """Suffixes, such as ".png", of every image type that Pillow reads."""
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    """Suffixes, such as ".png", of every image type that is read."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in formats())
 
 
 def is_image(name: str) -> bool:
@@ -175,11 +182,11 @@ MOST_BYTES = 8 * MOST_PIXELS
 
 @contextlib.contextmanager
 def fits_memory(source: object) -> Iterator[None]:
-    """Turn a lack of memory into an InputError."""
+    """Turn a lack of memory into an OutOfMemory."""
     try:
         yield
     except MemoryError:
-        raise InputError(f"{source}: does not fit into memory; cut it into tiles, or lower data.workers") from None
+        raise OutOfMemory(f"{source}: does not fit into memory; cut it into tiles, or lower data.workers") from None
 
 
 def open_image(path: Path) -> Image.Image:
@@ -194,7 +201,7 @@ def open_image(path: Path) -> Image.Image:
             size = path.stat().st_size
             if size > MOST_BYTES:  # decoders read as much of it as its headers ask for
                 raise InputError(f"{path}: found {size:,} bytes; accepted: up to {MOST_BYTES:,}; cut it into tiles")
-            image = Image.open(path)
+            image = Image.open(path, formats=formats())
             tags = image.tag_v2 if image.format == "TIFF" else {}
             if tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0) > MOST_PIXELS:  # Pillow knows the image's size alone
                 raise InputError(f"{path}: has tiles of more pixels than {MOST_PIXELS:,}; save it with smaller ones")

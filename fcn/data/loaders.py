@@ -18,7 +18,7 @@ from fcn.data.labels import IGNORE_INDEX
 from fcn.data.samplers import RankBatch, SampleRef
 from fcn.data.transforms import EvalTransform, TrainTransform, resize_windows
 from fcn.data.workers import BatchLoader
-from fcn.errors import InputError
+from fcn.errors import InputError, OutOfMemory
 
 
 class Batch(NamedTuple):
@@ -139,7 +139,7 @@ class RankBatches(Dataset):
                 try:
                     samples.append(self._load(self.transform, ref.index, ref))
                 except InputError as error:
-                    if not self.skip:
+                    if not self.skip or isinstance(error, OutOfMemory):
                         raise
                     samples.append(self._replacement(ref, size, error))
                     replaced.append(str(error))

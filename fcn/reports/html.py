@@ -305,7 +305,7 @@ def _photos(run: RunFiles, split: str) -> tuple[list[Picture], list[str]]:
     photos, unreadable = [], []
     for path, caption in wanted:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=["PNG"]) as image:
                 photos.append(_picture(image.convert("RGB"), caption, photo=True))
         except OSError as error:
             unreadable.append(f"{path.name}: cannot be read ({error})")
@@ -316,7 +316,7 @@ def _newer(path: Path, source: Path, draw: Callable[[], Image.Image]) -> Image.I
     """The picture drawn from `source`; drawn again if it is older than that, missing or broken."""
     with contextlib.suppress(OSError):
         if path.stat().st_mtime >= source.stat().st_mtime:
-            with Image.open(path) as image:
+            with Image.open(path, formats=["PNG"]) as image:
                 return image.convert("RGB")
     return draw()
 

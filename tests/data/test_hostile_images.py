@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fcn.data import is_image, read_pixels
+from fcn.errors import InputError
+
 READ = """
 import resource, sys
 from pathlib import Path
@@ -157,3 +160,15 @@ def test_an_image_that_does_not_fit_into_memory_is_named(tmp_path):
     assert {said for _, said in refused} == {
         f"{path}: does not fit into memory; cut it into tiles, or lower data.workers"
     }
+
+
+@pytest.mark.parametrize("name", ["a.eps", "a.png"])
+def test_an_image_file_is_no_program(tmp_path: Path, name: str) -> None:
+    """Pillow would start Ghostscript for PostScript, whatever the file is called."""
+    path = tmp_path / name
+    Image.new("RGB", (4, 4)).save(path, "EPS")
+    with Image.open(path) as image:
+        assert image.format == "EPS"
+    with pytest.raises(InputError, match=rf"^{path}: cannot be read \(not an image\)"):
+        read_pixels(path)
+    assert is_image(name) == (name == "a.png")
