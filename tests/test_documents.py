@@ -133,7 +133,8 @@ def test_commands_parse(name, line):
         if script == "launch/quickstart.sh":
             check_overrides("configs/quickstart.yaml", rest)
         elif script.startswith("launch/") and rest:
-            check_overrides(rest[0], rest[1:])
+            array = any(word.startswith("--array=") for word in words)
+            check_overrides(rest[0], [word.replace("%a", "0") if array else word for word in rest[1:]])
     else:
         module, *rest = words[words.index("-m") + 1 :]
         if module == "fcn":

@@ -8,6 +8,7 @@ runs all of it; by default the warning before a time limit is sent by hand, whic
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import re
@@ -53,24 +54,40 @@ class Job:
     """A job of launch/slurm.sbatch on both nodes."""
 
     def __init__(
-        self, slurm: dict[str, str], folder: Path, shapes_root: Path, *options: str, delay: float = 0.02
+        self,
+        slurm: dict[str, str],
+        folder: Path,
+        shapes_root: Path,
+        *options: str,
+        delay: float = 0.02,
+        suffix: str = "",
     ) -> None:
         self.environ = environment() | {name: slurm[name] for name in ("SLURM_CONF", "PATH")}
         # Both nodes live on this machine, under names that no resolver knows.
         self.environ |= {"RDZV_HOST": "127.0.0.1", "PROCESSES": "1", "LOGS": str(folder / "logs")}
         self.environ |= {"VENV": str(Path(sys.prefix)), "GRACE": "20"}
-        self.run_dir, self.output = folder / "run", folder / "job.log"
+        self.run_dir, self.output = folder / f"run{suffix}", folder / f"job{suffix}.log"
         overrides = settings(shapes_root, self.run_dir, delay)
         command = ["sbatch", "--parsable", "--nodes=2", f"--output={self.output}", *options]
         self.id = self._run(*command, "launch/slurm.sbatch", "configs/quickstart.yaml", *overrides).strip()
+
+    def task(self, number: int) -> Job:
+        """One task of an array."""
+        task = copy.copy(self)
+        task.id = f"{self.id}_{number}"
+        task.run_dir, task.output = (Path(str(path).replace("%a", str(number))) for path in (self.run_dir, self.output))
+        return task
 
     def _run(self, *command: str) -> str:
         done = subprocess.run(command, cwd=CHECKOUT, env=self.environ, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    def field(self, name: str) -> str:
+        return re.search(rf"\b{name}=(\w+)", self._run("scontrol", "show", "job", self.id)).group(1)
+
     def state(self) -> str:
-        return re.search(r"JobState=(\w+)", self._run("scontrol", "show", "job", self.id)).group(1)
+        return self.field("JobState")
 
     def log(self) -> str:
         return self.output.read_text() if self.output.exists() else ""
@@ -148,6 +165,23 @@ def test_warned_it_saves_queues_itself_again_and_ends_as_if_nothing_had_happened
         assert_undisturbed(job, whole)
         ranks = {path.parent.name for path in (tmp_path / "logs").rglob("stdout.log")}
         assert ranks == {"0"}, "each node's torchrun keeps a log of its rank"
+
+
+def test_a_warned_task_of_an_array_leaves_the_others_alone(slurm, shapes_root, tmp_path) -> None:
+    with submitted(slurm, tmp_path, shapes_root, "--array=3-4", "--nodes=1", suffix="_%a") as array:
+        tasks = [array.task(3), array.task(4)]
+        for task in tasks:
+            task.wait_for(lambda task=task: "step 60/" in task.log())
+        namesake, other = sorted(tasks, key=lambda task: task.field("JobId") != array.id)
+        assert namesake.field("JobId") == array.id != other.field("JobId"), "one task has the array's own number"
+        namesake.warn()
+        for task in tasks:
+            task.wait_for(task.is_over, 300)
+            assert task.state() == "COMPLETED", task.log()
+            assert load_checkpoint(task.run_dir)["step"] == STEPS
+        assert "resuming at step" in namesake.log()
+        assert (namesake.field("Restarts"), other.field("Restarts")) == ("1", "0")
+        assert "stopped by a signal" not in other.log()
 
 
 @pytest.mark.campaign
