@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from fcn.config.yaml_schema import Accept
+from fcn.config.yaml_schema import PATH, Accept
 from fcn.metrics import METRICS
 
 Positive = Annotated[float, Accept("a number above 0", lambda value: value > 0)]
@@ -47,6 +47,7 @@ Milestones = Annotated[
     ),
 ]
 Text = Annotated[str, Accept("a text that is not empty", lambda value: bool(value.strip()))]
+PathText = Annotated[str, PATH]
 ImportPath = Annotated[
     str,
     Accept("package.module:function of your own", lambda v: re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", v)),
@@ -88,7 +89,7 @@ class Data:
     """The data set, which determines the layout under `root`, the class names and the palette. Or a data set of your
     own: `package.module:function` (or a class) is called with root, split and `data.options` and returns a map-style
     dataset of (image, mask)."""
-    root: Text
+    root: PathText
     """Folder of the data set. A relative path starts at the current directory."""
     train: Text = "train"
     """Split to train on."""
@@ -119,7 +120,7 @@ class Data:
     is freed at the end of the run. A run that was stopped or killed leaves it to its next start; a later run removes
     it after a day, or when it needs the space. A cache on disk stays until you delete it. A data set of your own
     needs an attribute `fingerprint`, a string that changes whenever its samples do. null: no cache."""
-    cache_dir: Text | None = None
+    cache_dir: PathText | None = None
     """Folder of the caches, best on a local disk. null: `.cache` next to run_dir, shared by the runs there (disk), or
     /dev/shm (memory)."""
     exif_orientation: bool = True
@@ -131,9 +132,9 @@ class Data:
     val_fraction: PartOfOne | None = only("portrait", "folder")
     """Fraction of the images for `val`, chosen by name; the rest is `train` (portrait, folder). null: the splits are
     lists or folders."""
-    images: Text | None = only("folder")
+    images: PathText | None = only("folder")
     """Folder of the images under `root`; {split} in it stands for the split's name (folder; null: images)."""
-    masks: Text | None = only("folder")
+    masks: PathText | None = only("folder")
     """Folder of the masks under `root`, like `images` (folder; null: masks)."""
     mask_suffix: str | None = only("folder")
     """What follows the image's name in a mask's name, such as _mask (folder; null: nothing)."""
@@ -164,7 +165,7 @@ class Model:
         | ImportPath
     )  # fmt: skip
     """The network. Or one of your own: `package.module:function` is called with num_classes and `model.options`."""
-    weights: Text | None = None
+    weights: PathText | None = None
     """Pretrained weights: imagenet or coco (torchvision's, downloaded by one process), or a file in torchvision's or
     fcn's format. A resumed run does not read them. null: none."""
     width: Count | None = only(*VGG, "unet")
@@ -374,9 +375,9 @@ class Config:
 
     seed: CountOrZero = 0
     """Seed of every random choice."""
-    run_dir: Text
+    run_dir: PathText
     """Directory of the run: checkpoints, metrics, pictures, log. It belongs to this run alone."""
-    resume: Text = "auto"
+    resume: PathText = "auto"
     """auto: continue from the newest checkpoint in run_dir. never: start from scratch and refuse to overwrite a run.
     Or a checkpoint file, to start from if run_dir has no checkpoint."""
     data: Data

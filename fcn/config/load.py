@@ -49,9 +49,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config as YAML that `load_config` reads back to an equal config."""
-    path.write_text(
-        yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=120), encoding="utf-8"
-    )
+    values = yaml_schema.escape_paths(Config, to_dict(config))
+    path.write_text(yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120), encoding="utf-8")
 
 
 class _SavedLoader(yaml.SafeLoader):
@@ -134,13 +133,7 @@ def _checked(
     problems += _cross_checks(parsed, source, world_size)
     if problems:
         raise InputError("\n".join(problems))
-    config.run_dir, config.data.root = _at_home(config.run_dir), _at_home(config.data.root)
     return config
-
-
-def _at_home(path: str) -> str:
-    """Resolve a leading ~, which a shell does not do in KEY=~/folder."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def _cross_checks(parsed: Mapping[str, Any], source: str, world_size: int) -> list[str]:

@@ -10,7 +10,9 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
+import string
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -29,12 +31,18 @@ class Accept(typing.NamedTuple):
     holds: Callable[[Any], bool]
 
 
+PATH = Accept("a path that is not empty", lambda value: bool(value.strip()) and "\0" not in value)
+"""In what a person has typed, `$DATA`, `${DATA}` and a leading ~ are replaced, and `$$` is a dollar."""
+
+
 # --- YAML → tree of leaves that remember where they stand ----------------------------------------------------------
 
 
 class _Leaf(typing.NamedTuple):
     value: Any
     where: str
+    typed: bool = True
+    """By a person, into a file or a command; False for what a checkpoint says."""
 
 
 class Section(dict):
@@ -89,10 +97,10 @@ def read_yaml(path: Path, problems: list[str]) -> Section:
 
 
 def tree_from_dict(values: Mapping[str, Any], source: str) -> Section:
-    """Turn plain data into a tree as `read_yaml` does; every leaf is at `source`."""
+    """Turn plain data into a tree as `read_yaml` does; every leaf is at `source`, and no path is resolved."""
     tree = Section(source)
     for key, value in values.items():
-        tree[key] = tree_from_dict(value, source) if isinstance(value, Mapping) else _Leaf(value, source)
+        tree[key] = tree_from_dict(value, source) if isinstance(value, Mapping) else _Leaf(value, source, False)
     return tree
 
 
@@ -199,22 +207,24 @@ def _build(cls: type, tree: Section, prefix: str, context: _Context) -> Any:
             try:
                 if section:
                     raise ValueError
-                values[name] = parsed[key] = _convert(
-                    hint, _plain(found) if isinstance(found, Section) else found.value
-                )
-            except ValueError:
-                shown = "a section" if isinstance(found, Section) else show(found.value)
-                spelling = (
-                    ""
-                    if isinstance(found, Section)
-                    else _number_hint(hint, found.value) or _word_hint(hint, found.value)
-                )
-                problems.append(f"{found.where}: {key}: found {shown}; accepted: {_accepted(hint)}{spelling}")
+                value = _convert(hint, _plain(found))
+                resolve = isinstance(value, str) and found.typed and _is_path(hint)
+                values[name] = parsed[key] = _resolved(value) if resolve else value
+            except ValueError as error:
+                problems.append(f"{found.where}: {key}: found {_fault(hint, found, str(error))}")
         elif required:
             problems.append(f"{source}: {key}: missing; accepted: {_accepted(hint)}")
         else:
             parsed[key] = field.default
     return cls(**values) if len(problems) == before else None
+
+
+def _fault(hint: Any, found: Section | _Leaf, reason: str) -> str:
+    """What was found, and what is accepted instead unless a reason is given."""
+    if isinstance(found, Section):
+        return f"a section; accepted: {_accepted(hint)}"
+    spelling = _number_hint(hint, found.value) or _word_hint(hint, found.value)
+    return f"{show(found.value)}{reason or f'; accepted: {_accepted(hint)}{spelling}'}"
 
 
 def _plain(tree: Section | _Leaf) -> Any:
@@ -249,6 +259,38 @@ def _convert(hint: Any, value: Any) -> Any:
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
         raise ValueError
     return value
+
+
+def _is_path(hint: Any) -> bool:
+    args = typing.get_args(hint)
+    return PATH in args or any(map(_is_path, args))
+
+
+def _resolved(path: str) -> str:
+    """The path with its variables and a leading ~ replaced; ValueError with the rest of a message if that fails."""
+    try:
+        set_ones = {name: value for name, value in os.environ.items() if value.strip()}
+        path = string.Template(path).substitute(set_ones)
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except KeyError as error:
+        name = error.args[0]
+        raise ValueError(f", but the variable {name} is not set; export {name}=…, or write the path itself") from None
+    except ValueError:
+        raise ValueError("; accepted: $NAME or ${NAME} for a variable, $$ for a dollar; correct it") from None
+    except RuntimeError:  # ~nobody
+        raise ValueError(", but there is no such home folder; write the path itself") from None
+
+
+def escape_paths(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, the fields of `cls` as nested dicts, so that `build` resolves paths to what they are."""
+
+    def escaped(value: Any, hint: Any) -> Any:
+        if dataclasses.is_dataclass(hint):
+            return escape_paths(hint, value)
+        return value.replace("$", "$$") if isinstance(value, str) and _is_path(hint) else value
+
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {key: escaped(value, hints[key]) for key, value in values.items()}
 
 
 def _accepted(hint: Any) -> str:

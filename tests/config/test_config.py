@@ -428,9 +428,9 @@ def test_option_for_a_network_of_ones_own_belongs_under_options(problems, file, 
         ("linknet", "encoder: resnet34", "resnet18, plain"),
         ("fcn_resnet50", "aux: yes", "true or false"),
         ("fcn_resnet50", "aux: 1", "true or false"),
-        ("fcn_resnet50", "weights: ' '", "a text that is not empty"),
-        ("fcn_resnet50", "weights: true", "a text that is not empty"),
-        ("fcn_resnet50", "weights: {a: b}", "a text that is not empty"),
+        ("fcn_resnet50", "weights: ' '", "a path that is not empty"),
+        ("fcn_resnet50", "weights: true", "a path that is not empty"),
+        ("fcn_resnet50", "weights: {a: b}", "a path that is not empty"),
         ("mine:build", "options: 3", "a section of keys and values"),
         ("mine:build", "options: [depth, 3]", "a section of keys and values"),
         ("mine:build", "options: depth=3", "a section of keys and values"),
@@ -977,12 +977,75 @@ def test_every_field_is_documented_under_its_name():
     assert len(documented) == len(list(fields(Config))) + len(sections)
 
 
-def test_a_home_folder_is_resolved_where_a_shell_leaves_it_alone(monkeypatch) -> None:
+# --- paths ---------------------------------------------------------------------------------------------------------
+
+
+PATHS = ["run_dir", "resume", "data.root", "data.cache_dir", "data.images", "data.masks", "model.weights"]
+
+
+@pytest.fixture
+def home(monkeypatch):
     monkeypatch.setenv("HOME", "/somebody")
-    overrides = ["data.root=~/camvid", "run_dir=~/runs/a~b"]
-    config = load_config(Path(__file__).parents[2] / "configs" / "linknet_camvid.yaml", overrides)
-    assert (config.data.root, config.run_dir) == ("/somebody/camvid", "/somebody/runs/a~b")
-    assert (
-        load_config(Path(__file__).parents[2] / "configs" / "linknet_camvid.yaml", ["run_dir=./runs//a~b"]).run_dir
-        == "./runs//a~b"
-    )
+    monkeypatch.setenv("STORE", "/store")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.setenv("EMPTY", "")
+
+
+@pytest.mark.parametrize(
+    ("typed", "path"),
+    [
+        ("$STORE/a", "/store/a"),
+        ("${STORE}2/$STORE", "/store2//store"),
+        ("~/camvid", "/somebody/camvid"),
+        ("runs/a~b", "runs/a~b"),
+        ("./runs//a", "./runs//a"),
+        ("cost$$", "cost$"),
+        ("$$STORE", "$STORE"),
+    ],
+)
+@pytest.mark.parametrize("key", PATHS)
+def test_variables_and_the_home_folder_are_resolved_in_paths(load, file, home, key, typed, path):
+    folder = GOOD.replace("name: shapes", "name: folder\n  classes: [a, b]")
+    *section, name = key.split(".")
+    in_file = yaml.safe_load(folder)
+    (in_file[section[0]] if section else in_file)[name] = typed
+    for config in (load(folder, [f"{key}={typed}"]), load(yaml.safe_dump(in_file))):
+        found = to_dict(config)
+        for part in key.split("."):
+            found = found[part]
+        assert found == path
+        save_config(config, file)
+        assert load_config(file) == config
+
+
+def test_other_texts_keep_their_dollars(load, home):
+    assert load(overrides=["wandb.project=$STORE"]).wandb.project == "$STORE"
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("${NOWHERE}/a", "but the variable NOWHERE is not set; export NOWHERE=…, or write the path itself"),
+        ("$EMPTY/a", "but the variable EMPTY is not set"),
+        ("a$(pwd)", "accepted: $NAME or ${NAME} for a variable, $$ for a dollar; correct it"),
+        ("~nobody.at.all/a", "but there is no such home folder; write the path itself"),
+        ('"a\\0b"', "accepted: a path that is not empty"),
+    ],
+)
+def test_a_path_that_cannot_be_resolved_is_named(problems, home, key, typed, message):
+    text = GOOD.replace("name: shapes", "name: folder\n  classes: [a, b]")
+    (problem,) = problems(text, overrides=[f"{key}={typed}"])
+    assert f": {key}: found the text" in problem
+    assert message in problem
+
+
+def test_an_override_takes_the_place_of_a_variable_that_is_not_set(load, home):
+    assert load(GOOD.replace("root: data/shapes", "root: $NOWHERE"), ["data.root=here"]).data.root == "here"
+
+
+def test_the_paths_of_a_checkpoint_are_not_resolved(load, home):
+    values = to_dict(load())
+    values["data"]["root"], values["run_dir"] = "$STORE/$(x)", "~/run"
+    config = config_from_dict(values, "a.pt", ["resume=$STORE/b.pt"])
+    assert (config.data.root, config.run_dir, config.resume) == ("$STORE/$(x)", "~/run", "/store/b.pt")
