@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 import string
 import types
 import typing
@@ -41,18 +42,20 @@ PATH = Accept("a path that is not empty", lambda value: bool(value.strip()) and 
 class _Leaf(typing.NamedTuple):
     value: Any
     where: str
-    typed: bool = True
-    """By a person, into a file or a command; False for what a checkpoint says."""
+    text: str | None = None
+    """As a person has typed it into a file or a command; None for what a checkpoint says."""
 
 
 class Section(dict):
-    """Keys → leaves and sections, and where the section's own key stands."""
+    """Keys → leaves and sections, and where the section's own key stands; `text` as for a leaf."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, text: str | None = None) -> None:
         super().__init__()
-        self.where = where
+        self.where, self.text = where, text
 
 
+COMMAND_LINE = "command line: "
+"""Begins the place of what an override says."""
 MOST_LEVELS = 8
 """Deeper nesting is an error; an alias that contains itself would never end."""
 
@@ -100,14 +103,14 @@ def tree_from_dict(values: Mapping[str, Any], source: str) -> Section:
     """Turn plain data into a tree as `read_yaml` does; every leaf is at `source`, and no path is resolved."""
     tree = Section(source)
     for key, value in values.items():
-        tree[key] = tree_from_dict(value, source) if isinstance(value, Mapping) else _Leaf(value, source, False)
+        tree[key] = tree_from_dict(value, source) if isinstance(value, Mapping) else _Leaf(value, source)
     return tree
 
 
 def apply_override(tree: Section, override: str, problems: list[str]) -> None:
     """Set one leaf or section of the tree from `section.key=YAML`, in place of what was there."""
     name, equals, text = override.partition("=")
-    where = f"command line: {override!r}"
+    where = f"{COMMAND_LINE}{override!r}"
     if not equals or not name.strip():
         missing = "key" if equals else "'='"
         problems.append(f"{where}: found no {missing}; write KEY=VALUE, such as optim.lr=0.01")
@@ -132,22 +135,32 @@ def _parse(text: str, source: str, prefix: str, problems: list[str], numbered: b
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark and numbered else source
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        problems.append(f"{where}: not valid YAML ({reason}); check quotes, brackets and indentation there")
+        hint = _quotes_hint(source, prefix[:-1], text)
+        if mark and numbered:
+            begin = error.context_mark if str(error.context).startswith("while parsing a flow") else mark
+            line = text[text.rfind("\n", 0, begin.index) + 1 :].partition("\n")[0]
+            line = re.fullmatch(r"[\s-]*([\w.]+):\s+(.*?)\s*", line)
+            hint = _quotes_hint(where, *line.groups()) if line else ""
+        problems.append(f"{where}: not valid YAML ({reason}); check quotes, brackets and indentation there{hint}")
         return None
     if node is None:
-        return _Leaf(None, source)
+        return _Leaf(None, source, text)
 
     def place(at: yaml.Node) -> str:
         return f"{source}:{at.start_mark.line + 1}" if numbered else source
 
     def convert(node: yaml.Node, key: yaml.Node, prefix: str, levels: int) -> Section | _Leaf | None:
+        typed = text[node.start_mark.index : node.end_mark.index]
         if not isinstance(node, yaml.MappingNode):
             try:
-                return _Leaf(loader.construct_object(node, deep=True), place(key))
+                return _Leaf(loader.construct_object(node, deep=True), place(key), typed)
             except (yaml.YAMLError, ValueError, AttributeError, RecursionError):
-                problems.append(f"{place(key)}: {prefix[:-1]}: not a plain value; write a text, number, list, or null")
+                problems.append(
+                    f"{place(key)}: {prefix[:-1]}: not a plain value; write a text, number, list, or null"
+                    f"{_quotes_hint(place(key), prefix[:-1], typed)}"
+                )
                 return None
-        section = Section(place(key))
+        section = Section(place(key), typed)
         lines: dict[str, str] = {}
         for key_node, value_node in node.value:
             name = str(key_node.value)
@@ -163,6 +176,16 @@ def _parse(text: str, source: str, prefix: str, problems: list[str], numbered: b
         return section
 
     return convert(node, node, prefix, MOST_LEVELS)
+
+
+def _quotes_hint(where: str, key: str, text: str) -> str:
+    """How to write a value that should have been a text, unless it has quotes."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    if text[:1] in ("", "'", '"') or "\n" in text:
+        return ""
+    if where.startswith(COMMAND_LINE):
+        return f"; if it is a text, quote it, for the shell as well: {key}={shlex.quote(quoted)}"
+    return f"; if it is a text, quote it: {key.split('.')[-1]}: {quoted}"
 
 
 # --- tree → dataclasses --------------------------------------------------------------------------------------------
@@ -208,10 +231,10 @@ def _build(cls: type, tree: Section, prefix: str, context: _Context) -> Any:
                 if section:
                     raise ValueError
                 value = _convert(hint, _plain(found))
-                resolve = isinstance(value, str) and found.typed and _is_path(hint)
+                resolve = isinstance(value, str) and found.text is not None and _is_path(hint)
                 values[name] = parsed[key] = _resolved(value) if resolve else value
             except ValueError as error:
-                problems.append(f"{found.where}: {key}: found {_fault(hint, found, str(error))}")
+                problems.append(f"{found.where}: {key}: found {_fault(key, hint, found, str(error))}")
         elif required:
             problems.append(f"{source}: {key}: missing; accepted: {_accepted(hint)}")
         else:
@@ -219,12 +242,23 @@ def _build(cls: type, tree: Section, prefix: str, context: _Context) -> Any:
     return cls(**values) if len(problems) == before else None
 
 
-def _fault(hint: Any, found: Section | _Leaf, reason: str) -> str:
+def _fault(key: str, hint: Any, found: Section | _Leaf, reason: str) -> str:
     """What was found, and what is accepted instead unless a reason is given."""
     if isinstance(found, Section):
-        return f"a section; accepted: {_accepted(hint)}"
-    spelling = _number_hint(hint, found.value) or _word_hint(hint, found.value)
+        return f"a section; accepted: {_accepted(hint)}{_text_hint(key, hint, found)}"
+    spelling = _number_hint(hint, found.value) or _word_hint(hint, found.value) or _text_hint(key, hint, found)
     return f"{show(found.value)}{reason or f'; accepted: {_accepted(hint)}{spelling}'}"
+
+
+def _text_hint(key: str, hint: Any, found: Section | _Leaf) -> str:
+    """Suggest quotes for what YAML takes for something else than a text, such as `a: b` or `2012`."""
+    if found.text is None or (isinstance(found, _Leaf) and isinstance(found.value, str | types.NoneType)):
+        return ""
+    try:
+        _convert(hint, found.text)
+    except ValueError:
+        return ""
+    return _quotes_hint(found.where, key, found.text)
 
 
 def _plain(tree: Section | _Leaf) -> Any:

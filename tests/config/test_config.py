@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import shlex
 import typing
 from pathlib import Path
 
@@ -807,6 +808,47 @@ MODES = "accepted: one of auto, online, offline, disabled"
 def test_wrong_override_is_quoted(problems, override, message):
     (problem,) = problems(overrides=[override])
     assert problem.startswith(f"command line: {override!r}: {message}")
+
+
+NEED_QUOTES = [
+    "{split}/x",
+    "@x",
+    "*.png",
+    "*x",
+    "a: b",
+    "%x",
+    "[x",
+    "`x`",
+    "{split}",
+    "[x]",
+    "!x",
+    "2012",
+    "true",
+    "a's: b",
+]
+"""Texts that YAML takes for something else, or refuses."""
+
+
+@pytest.mark.parametrize("text", NEED_QUOTES)
+def test_an_override_that_needs_quotes_comes_with_one_that_loads(problems, load, text):
+    (problem,) = problems(overrides=[f"run_dir={text}"])
+    _, hint, remedy = problem.partition("; if it is a text, quote it, for the shell as well: ")
+    assert hint
+    assert load(overrides=shlex.split(remedy)).run_dir == text
+
+
+@pytest.mark.parametrize("text", NEED_QUOTES)
+def test_a_line_that_needs_quotes_comes_with_one_that_loads(problems, load, file, text):
+    (problem,) = problems(GOOD.replace("name: unet", f"name: unet\n  weights: {text}"))
+    assert problem.startswith(f"{file}:")
+    _, hint, remedy = problem.partition("; if it is a text, quote it: ")
+    assert hint
+    assert load(GOOD.replace("name: unet", f"name: unet\n  {remedy}")).model.weights == text
+
+
+@pytest.mark.parametrize("text", ["'x", '"x', "3", "[x]", "{a: b}"])
+def test_quotes_are_not_suggested_where_they_do_not_help(problems, text):
+    assert "quote it" not in problems(overrides=[f"{'run_dir' if text[1:] == 'x' else 'data.mean'}={text}"])[0]
 
 
 def test_override_that_is_no_yaml_is_reported_with_the_other_problems(problems):
