@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fcn.checkpoints.format import load_checkpoint, read_plain
+from fcn.checkpoints.safetensors import read_safetensors
 from fcn.config import PRETRAINED
 from fcn.errors import InputError
 
@@ -25,10 +26,11 @@ MOST_WRAPPERS = 4
 def load_pretrained(model: nn.Module, name: str, weights: str, num_classes: int) -> list[str]:
     """Copy pretrained weights into a network of `fcn.models` or a user's own.
 
-    It accepts fcn's checkpoints; state dicts with the network's own names (torchvision's, for the ResNet FCNs), also
-    inside {"model": …} or other `WRAPPERS`, and with the prefixes of DistributedDataParallel and torch.compile; and
-    torchvision's classification networks, for their trunk. A file must contain every tensor of the network, or of the
-    trunk. Only heads may differ: those whose shape depends on the number of classes, and the auxiliary one.
+    It accepts fcn's checkpoints; .safetensors files; state dicts with the network's own names (torchvision's, for the
+    ResNet FCNs), also inside {"model": …} or other `WRAPPERS`, and with the prefixes of DistributedDataParallel and
+    torch.compile; and torchvision's classification networks, for their trunk. A file must contain every tensor of the
+    network, or of the trunk. Only heads may differ: those whose shape depends on the number of classes, and the
+    auxiliary one.
 
     Args:
         model: changed in place, after all checks have passed.
@@ -101,8 +103,9 @@ def _read(name: str, weights: str, own: Tensors) -> tuple[str, Tensors, list[str
     if path.is_dir():
         raise InputError(f"model.weights: {path}: is a folder; give a file, such as {path}/checkpoints/best.pt")
     try:
-        content = read_plain(path)
-        if isinstance(content, Mapping) and "format" in content:
+        safe = path.suffix == ".safetensors"
+        content = read_safetensors(path) if safe else read_plain(path)
+        if isinstance(content, Mapping) and "format" in content and not safe:
             content = load_checkpoint(path)  # verified by its checksum
     except InputError as error:
         raise InputError(f"model.weights: {error}") from None

@@ -167,7 +167,7 @@ class Model:
     """The network. Or one of your own: `package.module:function` is called with num_classes and `model.options`."""
     weights: PathText | None = None
     """Pretrained weights: imagenet or coco (torchvision's, downloaded by one process), or a file in torchvision's or
-    fcn's format. A resumed run does not read them. null: none."""
+    fcn's format, or a .safetensors file. A resumed run does not read them. null: none."""
     width: Count | None = only(*VGG, "unet")
     """Channels of the first level (unet, FCNs on VGG16; null: 64, as in the papers)."""
     norm: Literal["batch", "none"] | None = only("unet")
