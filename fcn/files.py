@@ -11,6 +11,19 @@ from typing import BinaryIO
 from fcn.errors import InputError
 
 
+def read_text(path: Path, most: int, errors: str = "strict") -> str:
+    """The text of a file in UTF-8 that may be anybody's.
+
+    Raises:
+        ValueError: it has more than `most` bytes, of which no more are read, or is not UTF-8.
+    """
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it has more than {most / 1e6:g} MB")
+    return content.decode(errors=errors)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file so that a crash leaves the old one or the new one."""
     with replacing(path) as file:

@@ -9,7 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from fcn.files import read_text
+
 ALTERED = "truncated or altered"
+MOST_DIGEST = 10_000
+"""Bytes of a checksum file, which has a line or two."""
 STEP_NAME = re.compile(r"step_(\d{8,})\.pt")
 
 
@@ -24,10 +28,10 @@ def verify(path: Path) -> str | None:
         for file in (path, digest):
             if not file.is_file():
                 return "no such file" if file is path else f"{digest.name} is missing, so the file cannot be verified"
-        expected = [line.split()[:1] for line in digest.read_text().splitlines()]
+        expected = [line.split()[:1] for line in read_text(digest, MOST_DIGEST).splitlines()]
         with path.open("rb") as file:
             found = _sha256(file)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         return f"cannot be read ({error})"
     return None if [found] in expected else f"its SHA-256 is not the one in {digest.name}: {ALTERED}"
 

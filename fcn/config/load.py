@@ -13,6 +13,7 @@ from fcn.config import yaml_schema
 from fcn.config.keys import OWN, PRETRAINED, AddedLosses, Config, Data, Loss, Model
 from fcn.config.mask_values import pixel_classes
 from fcn.errors import InputError
+from fcn.files import read_text
 from fcn.text import plural
 
 
@@ -70,7 +71,7 @@ def read_saved_config(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _SavedLoader)
+        tree = yaml.load(read_text(path, yaml_schema.MOST_BYTES), _SavedLoader)
         return {str(key): value for key, value in flatten(tree).items()}
     except FileNotFoundError:
         raise

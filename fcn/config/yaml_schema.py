@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 import yaml
 
 from fcn.errors import InputError
+from fcn.files import read_text
 
 
 class Accept(typing.NamedTuple):
@@ -56,6 +57,8 @@ class Section(dict):
 
 COMMAND_LINE = "command line: "
 """Begins the place of what an override says."""
+MOST_BYTES = 1_000_000
+"""Of a file; YAML takes a hundred times as many to parse."""
 MOST_LEVELS = 8
 """Deeper nesting is an error; an alias that contains itself would never end."""
 
@@ -84,12 +87,12 @@ def read_yaml(path: Path, problems: list[str]) -> Section:
         InputError: the file is missing, unreadable, not YAML, or holds no keys.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, MOST_BYTES)
     except FileNotFoundError:
         close = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.y*ml")], n=1)
         hint = f"did you mean {path.with_name(close[0])}?" if close else "such as configs/quickstart.yaml"
         raise InputError(f"{path}: no such config file; give a YAML file, {hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); give a YAML file in UTF-8") from None
     tree = _parse(text, str(path), "", problems)
     if not isinstance(tree, Section):
@@ -103,7 +106,7 @@ def tree_from_dict(values: Mapping[str, Any], source: str) -> Section:
     """Turn plain data into a tree as `read_yaml` does; every leaf is at `source`, and no path is resolved."""
     tree = Section(source)
     for key, value in values.items():
-        tree[key] = tree_from_dict(value, source) if isinstance(value, Mapping) else _Leaf(value, source)
+        tree[str(key)] = tree_from_dict(value, source) if isinstance(value, Mapping) else _Leaf(value, source)
     return tree
 
 

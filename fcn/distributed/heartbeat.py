@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
-from fcn.files import replacing
+from fcn.files import read_text, replacing
 
 if TYPE_CHECKING:
     from fcn.distributed.process_group import DistributedContext
@@ -29,6 +29,8 @@ PACKAGE = Path(__file__).parents[1]
 WAITING = ("torch/distributed/", "torch/autograd/", str(Path(__file__).parent))
 """Where a rank stands that waits for others: in a collective, in a backward pass that exchanges gradients, or already
 asking which rank is missing."""
+MOST_BYTES = 100_000
+"""Of a file, which has less than one thousand."""
 FILE_INTERVAL_S = 10.0
 
 
@@ -165,7 +167,7 @@ def read_heartbeats(folder: Path) -> list[HeartbeatRecord]:
     found = []
     for path in sorted((folder / "heartbeat").glob("rank_*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            record = HeartbeatRecord(**json.loads(path.read_text(encoding="utf-8")))
+            record = HeartbeatRecord(**json.loads(read_text(path, MOST_BYTES)))
             found += [record] if _fits(record) else []
     newest = max((record.started for record in found), default=0.0)
     return [record for record in found if record.started == newest]

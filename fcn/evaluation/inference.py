@@ -5,18 +5,19 @@ Shapes: images (N, H, W, 3) uint8; inputs (N, 3, H, W); logits and scores (N, C,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from fcn.checkpoints import load_checkpoint
 from fcn.config import Config, Eval, config_from_dict, refuse_foreign_code
-from fcn.data import Classes
+from fcn.data import IGNORE_INDEX, Classes
 from fcn.errors import InputError
-from fcn.models import Precision, build_model
+from fcn.models import MODELS, Precision, build_model, shapes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,16 +158,39 @@ def load_trained(
         InputError: the checkpoint cannot be used, asks for other code, or `overrides` describe another network.
     """
     state = load_checkpoint(path)
+    if not _holds_a_network(state):
+        raise InputError(f"{path}: holds no network with its config and classes; give a file that fcn wrote")
     # Nothing is trained, so the batch size of the training run fits any number of processes.
     config = config_from_dict(state["config"], str(path), overrides)
     named = {"model.name": config.model.name} | ({"data.name": config.data.name} if with_data else {})
     typed = [override.partition("=")[2].strip() for override in overrides]
     refuse_foreign_code(named, str(path), [*trusted, *typed])
     classes = Classes(tuple(state["classes"]), tuple(tuple(colour) for colour in state["palette"]))
+    weights = state.get("ema", state["model"])
+    name, options = config.model.name, config.model.arguments()
     precision = Precision.of(config, device)
-    model = precision.place(build_model(config.model.name, len(classes), **config.model.arguments()))
     try:
-        model.load_state_dict(state.get("ema", state["model"]))
-    except RuntimeError:
+        if name in MODELS and shapes_of(name, len(classes), **options) != {key: x.shape for key, x in weights.items()}:
+            raise ValueError  # before the network takes more memory than the file
+        model = precision.place(build_model(name, len(classes), **options))
+        model.load_state_dict(weights)
+    except (ValueError, RuntimeError):
         raise InputError(f"{path}: holds another network than model.* describes; leave those keys as trained") from None
     return Trained(model.eval(), precision, config, classes, state["step"])
+
+
+def _holds_a_network(state: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has what `load_trained` needs; only the config is checked elsewhere."""
+    weights, names, palette = state.get("ema", state.get("model")), state.get("classes"), state.get("palette")
+    return (
+        isinstance(state.get("config"), dict)
+        and isinstance(weights, dict)
+        and all(isinstance(tensor, torch.Tensor) for tensor in weights.values())
+        and isinstance(names, list)
+        and isinstance(palette, list)
+        and 1 <= len(names) == len(palette) <= IGNORE_INDEX
+        and all(isinstance(name, str) for name in names)
+        and all(isinstance(colour, list) and len(colour) == 3 for colour in palette)
+        and all(isinstance(x, int) and 0 <= x <= 255 for colour in palette for x in colour)
+        and isinstance(state.get("step"), int)
+    )

@@ -7,7 +7,7 @@ from fcn.lazy import door
 
 __getattr__, __all__ = door(
     __name__,
-    build="MODELS build_model",
+    build="MODELS build_model shapes_of",
     custom="Examined examine",
     layers="DoublingConv2d SampleKeys SyncBatchNorm2d convert_dropout convert_sync_batchnorm",
     precision="DTYPES Precision",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from fcn.models.custom import build_custom
 from fcn.models.fcn_resnet import fcn_resnet18, fcn_resnet50, fcn_resnet101
@@ -44,3 +47,26 @@ def build_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}, or package.module:function")
     return MODELS[name](num_classes, **options)
+
+
+def shapes_of(name: str, num_classes: int, **options: Any) -> dict[str, torch.Size]:
+    """Name → shape of each tensor in the state dict of a network of `MODELS`, without the memory for it.
+
+    Raises:
+        ValueError: a tensor is larger than any memory.
+    """
+    try:
+        with torch.device("meta"), _NoValues():
+            model = build_model(name, num_classes, **options)
+    except (RuntimeError, TypeError) as error:  # how PyTorch reports a size that it cannot count
+        raise ValueError(str(error)) from None
+    return {key: tensor.shape for key, tensor in model.state_dict().items()}
+
+
+class _NoValues(TorchFunctionMode):
+    """Leave out what fills a tensor in place. On the meta device it has no effect, but its first use takes seconds."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if re.fullmatch(r"\w*[^_]_", getattr(function, "__name__", "")):
+            return (*args, *(kwargs or {}).values())[0]
+        return function(*args, **(kwargs or {}))

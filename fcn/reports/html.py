@@ -23,12 +23,14 @@ from PIL import Image
 from fcn.config import read_saved_config
 from fcn.data import Classes, voc_palette
 from fcn.errors import InputError
-from fcn.files import write_atomically
+from fcn.files import read_text, write_atomically
 from fcn.metrics import CLASS_METRICS, METRICS, Counts, best_metric, shown
 from fcn.reports.status import run_status
 from fcn.text import duration
 from fcn.tracking import Record, is_sound, plots, read_foreign, resumed_steps, scores_name, versions
 
+MOST_TEXT = 50_000_000
+"""Bytes of a config or of the details of a split's scores, which have a line for each image."""
 PICTURE_BYTES = 600_000
 """Most bytes of one picture, before base64 makes it a third larger."""
 SHOWN_EVENTS = 200
@@ -136,10 +138,10 @@ def _fit(details: Record, classes: int) -> bool:
 
 
 def _text(path: Path) -> str:
-    """The content of a file that may be missing."""
+    """The content of a file; empty if it is missing or too large."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        return read_text(path, MOST_TEXT, errors="replace")
+    except (OSError, ValueError):
         return ""
 
 

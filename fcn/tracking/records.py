@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fcn.files import write_atomically
+from fcn.errors import InputError
+from fcn.files import read_text, write_atomically
 from fcn.metrics import CLASS_METRICS, METRICS
 
 Record = dict[str, Any]
 STEP_EVENTS = ("train", "eval", "replaced")
+MOST_SUMMARY, MOST_METRICS = 10_000_000, 200_000_000
+"""Bytes that are read from a run directory of anybody's; 200 MB are five million steps with a record for each ten."""
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 
 
@@ -142,12 +145,13 @@ def read_records(path: Path) -> list[Record]:
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[str, Record]]:
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            fields = record if isinstance(record, dict) else {}
-            if isinstance(fields.get("event"), str) and isinstance(fields.get("step"), int):
-                yield line, fields
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                fields = record if isinstance(record, dict) else {}
+                if isinstance(fields.get("event"), str) and isinstance(fields.get("step"), int):
+                    yield line.rstrip("\n"), fields
 
 
 def resumed_steps(records: Iterable[Record]) -> list[int]:
@@ -158,16 +162,22 @@ def resumed_steps(records: Iterable[Record]) -> list[int]:
 def read_summary(folder: Path) -> Record:
     """Read summary.json from a run directory; empty if it does not exist yet."""
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8", errors="replace"))
+        summary = json.loads(read_text(folder / "summary.json", MOST_SUMMARY, errors="replace"))
     except (OSError, ValueError, RecursionError):
         return {}
     return summary if isinstance(summary, dict) else {}
 
 
 def read_foreign(folder: Path) -> tuple[list[Record], Record]:
-    """(records, summary) of a run directory of anybody's: what a reader cannot rely on is left out."""
-    summary = read_summary(folder)
-    records = [record for record in read_records(folder / "metrics.jsonl") if is_sound(record)]
+    """(records, summary) of a run directory of anybody's: what a reader cannot rely on is left out.
+
+    Raises:
+        InputError: there are more records than a reader has memory for.
+    """
+    summary, path = read_summary(folder), folder / "metrics.jsonl"
+    if path.exists() and not (path.is_file() and path.stat().st_size <= MOST_METRICS):
+        raise InputError(f"{path}: not a file of at most {MOST_METRICS / 1e6:g} MB; give a run with fewer records")
+    records = [record for record in read_records(path) if is_sound(record)]
     return records, summary if is_sound(summary, "status", "step", "steps") else {}
 
 

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from fcn import distributed
 from fcn.errors import InputError
-from fcn.files import must_be_writable
+from fcn.files import must_be_writable, read_text
 from fcn.tracking import TIME_FORMAT, Console
 from fcn.training.run import Run
 
@@ -82,7 +82,7 @@ def _lock(run: Run, console: Console, patience: float) -> BinaryIO | None:
 def _holder(path: Path) -> str:
     """Who says in the file that it holds the lock."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        found = json.loads(read_text(path, 10_000, errors="replace"))
         job = f", SLURM job {found['job']}" if found["job"] else ""
         return f": process {found['pid']} on {found['host']}{job}, since {found['since']}"
     except (OSError, ValueError, TypeError, KeyError):

@@ -124,7 +124,7 @@ class Run:
         Raises:
             InputError: the checkpoint belongs to another run, or has no training state.
         """
-        if "optimizer" not in state:
+        if not {"optimizer", "train_images", "best", "last_eval", "tracker_id"} <= state.keys():
             raise InputError(f"{source}: holds weights only; resume from a step_*.pt file")
         fatal, harmless = config_changes(state["config"], to_dict(self.config))
         if state["train_images"] != len(self.train_split):
@@ -138,7 +138,11 @@ class Run:
                 f"{source}: this checkpoint belongs to another run: {'; '.join(fatal)}; "
                 f"set these back to resume, or give the new run its own run_dir"
             )
-        self.state.load_state_dict(state)
+        try:
+            self.state.load_state_dict(state)
+        except (KeyError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{source}: does not fit this run ({reason:.500}); resume from another file") from None
         self.replaced = tuple(state.get("replaced", ()))
         self.best, self.last_eval = state["best"], state["last_eval"]
         if source.parent == self.checkpoints:  # a run that starts from another run's checkpoint is tracked separately
