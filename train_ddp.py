@@ -47,6 +47,7 @@ def parser() -> Parser:
 def train(args: argparse.Namespace, context: DistributedContext) -> int:
     """Config, data, network; then the run, if no other one is in its directory."""
     cfg = distributed.run_on_all_ranks(lambda: config.load_config(args.config, args.overrides, context.size))
+    args.record_failure = lambda text: training.record_failure_if_idle(Path(cfg.run_dir), text)
     training.require_equal_programs(cfg)
     stop = distributed.StopFlag().listen()
     stop.leave_early = lambda: distributed.leave_at_once(PREEMPTED)

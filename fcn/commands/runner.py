@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -23,8 +24,8 @@ BAD_INPUT, LOST_RANK = 2, 1
 def run(parser: Parser, argv: Sequence[str] | None = None) -> int:
     """Parse the arguments and call the parser's default `run` with them; returns the exit status.
 
-    On an InputError rank 0 prints the message, without a traceback. A usage error needs no process group for that, so
-    the user does not wait for PyTorch to be imported.
+    On an InputError rank 0 prints the message, without a traceback, unless torchrun's report will show it. A usage
+    error needs no process group for that, so the user does not wait for PyTorch to be imported.
     """
     rank = distributed.read_place(os.environ).rank
     distributed.end_with_launcher()
@@ -34,15 +35,15 @@ def run(parser: Parser, argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         if rank:
             distributed.wait_for_the_message()
-        _say(str(error))
-        distributed.report_failure(str(error))
+        if not distributed.report_failure(str(error)):
+            _say(str(error))
         return BAD_INPUT
 
 
 def run_on_ranks(main: Callable[[argparse.Namespace, DistributedContext], int], args: argparse.Namespace) -> int:
     """Call `main(args, context)` inside the process group and return the exit status.
 
-    Rank 0 prints an InputError once, and torchrun's own report shows it as the cause. If `main` sets
+    An InputError is said once: by torchrun's report, which comes last, or by rank 0. If `main` sets
     `args.record_failure`, that gets the message, too.
     """
     # Data-loader workers start from a server that has imported what they need, in milliseconds.
@@ -53,10 +54,11 @@ def run_on_ranks(main: Callable[[argparse.Namespace, DistributedContext], int], 
         diagnosis = distributed.Diagnosis(context)
         status = main(args, context)
     except InputError as error:
+        reported = distributed.report_failure(str(error), of_all=context is not None)
         if context is None or context.rank == 0:
             _record(args, str(error))
-            _say(str(error))
-        distributed.report_failure(str(error))
+            if not reported:
+                _say(str(error))
         status = BAD_INPUT
     except Exception as error:
         if not distributed.is_communication_failure(error):
@@ -76,6 +78,8 @@ def run_on_ranks(main: Callable[[argparse.Namespace, DistributedContext], int], 
             worker.kill()
     # torchrun ends all ranks as soon as one exits with an error: not before rank 0 has printed and saved everything.
     distributed.barrier()
+    if status == BAD_INPUT and context is not None and context.launcher == "torchrun":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this rank is about to exit, with its own status
     if diagnosis:
         diagnosis.close()
     distributed.stop()

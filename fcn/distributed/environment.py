@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from fcn.text import printable
+
 
 class Place(NamedTuple):
     """Which process of the job this is."""
@@ -49,12 +51,29 @@ def slurm_rendezvous(environ: Mapping[str, str]) -> tuple[str, str]:
     return environ.get("MASTER_ADDR", address), environ.get("MASTER_PORT", str(port))
 
 
-def report_failure(message: str) -> None:
-    """Write the message where torchrun looks for the cause, so that its own report ends with it."""
+def report_failure(message: str, of_all: bool = False) -> bool:
+    """Write the message where torchrun looks for the cause, so that its report, which comes last, ends with it.
+
+    Args:
+        of_all: every rank fails with this message; the report has it once for each machine.
+
+    Returns:
+        Whether that is enough. Without torchrun it is not, nor before restarts, which may take minutes: the user should
+        learn at the first failure what they are about.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        failure = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+    if not path:
+        return False
+    now, local_rank = int(time.time()), read_place(os.environ).local_rank
+    if of_all and local_rank:  # torchrun takes the earliest failure for the cause
+        message, now = "the same as that of local_rank 0", now + 5
+    failure = {"message": printable(message), "extraInfo": {"timestamp": str(now)}}
+    try:
         Path(path).write_text(json.dumps({"message": failure}), encoding="utf-8")
+    except OSError:
+        return False
+    done, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return done > 0 or most == 0
 
 
 def wait_for_the_message(seconds: float = 15) -> None:

@@ -8,7 +8,7 @@ from fcn.lazy import door
 __getattr__, __all__ = door(
     __name__,
     banner="end_banner show_start",
-    lock="lock_run_dir",
+    lock="lock_run_dir record_failure_if_idle",
     loop="fit",
     losses="build_loss",
     memory="GB HEADROOM MB Memory Trial states",

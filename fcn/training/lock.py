@@ -16,7 +16,7 @@ from typing import BinaryIO
 from fcn import distributed
 from fcn.errors import InputError
 from fcn.files import must_be_writable, read_text
-from fcn.tracking import TIME_FORMAT, Console
+from fcn.tracking import TIME_FORMAT, Console, record_failure
 from fcn.training.run import Run
 
 LOCK = "lock"
@@ -77,6 +77,13 @@ def _lock(run: Run, console: Console, patience: float) -> BinaryIO | None:
         file.write(json.dumps(me).encode() + b"\n")
         file.flush()
     return file
+
+
+def record_failure_if_idle(folder: Path, text: str) -> None:
+    """Write why a run could not start into the directory of its earlier starts, unless a run is there now."""
+    with contextlib.suppress(OSError), (folder / LOCK).open("rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        record_failure(folder, text)
 
 
 def _holder(path: Path) -> str:

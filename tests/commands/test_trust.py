@@ -17,7 +17,7 @@ from PIL import Image
 from fcn.checkpoints import save_checkpoint
 from fcn.errors import InputError
 from tests.cli import call, train
-from tests.dist.ranks import CHECKOUT, run
+from tests.dist.ranks import CHECKOUT, complaints, run
 
 CODE = """
     from pathlib import Path
@@ -142,8 +142,8 @@ def test_every_rank_ends_with_one_line(hostile, tmp_path, monkeypatch):
     monkeypatch.setattr("tests.dist.ranks.IMPORTS", (str(tmp_path),))
     path = hostile()
     done = run(2, "-m", "fcn", "evaluate", "--checkpoint", str(path), status=1)
-    assert sum(line.startswith("error:") for line in done.stderr.splitlines()) == 1
-    assert "If you trust it, add --trust-code evil_code:network" in done.stderr
+    (line,) = complaints(done.stderr)
+    assert "If you trust it, add --trust-code evil_code:network" in line
     assert not (tmp_path / "marker").exists()
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import multiprocessing.connection
 import os
+import re
 import runpy
 import signal
 import socket
@@ -125,6 +126,15 @@ def run(
         done = _run_at_once(processes, *arguments, timeout_s=timeout_s)
     assert status is None or done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def complaints(errors: str) -> list[str]:
+    """The lines that tell a user of torchrun what is wrong: the cause in its report, and nowhere else."""
+    cause = errors[errors.rindex("Root Cause") :].partition("  traceback : ")[2].partition("\n====")[0]
+    lines = [line.strip() for line in cause.splitlines()]
+    assert [errors.count(line) for line in lines] == [1] * len(lines), errors
+    assert not re.search("^error: ", errors, re.MULTILINE), "before restarts only"
+    return lines
 
 
 def _run_under_torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:

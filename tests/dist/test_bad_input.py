@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.dist.ranks import CHECKOUT, command, environment, started
-
-GONE_WITHIN_S = 20
+from tests.dist.ranks import CHECKOUT, TIMEOUT_S, command, complaints, environment, run, started
 
 
 def edit(old: str, new: str) -> Callable[[Path, Path], None]:
@@ -93,7 +91,7 @@ def test_one_line_and_every_rank_gone(tiny, shapes_root: Path, tmp_path: Path, f
     shutil.copytree(shapes_root, root)
     config = Path(tiny(data__root=str(root), data__workers=1))
     change(config, root)
-    lines = complaints(config)
+    lines = complaints_about(config)
     assert 1 <= len(lines) <= 2, "ranks that met different files name each"
     assert all(words in line for words in expected for line in lines)
 
@@ -102,30 +100,51 @@ def test_every_fault_of_a_config_has_its_line(tiny) -> None:
     config = Path(tiny())
     for old, (new, _) in CONFIG_FAULTS.items():
         edit(old, new)(config, config)
-    lines = complaints(config)
+    lines = complaints_about(config)
     assert len(lines) == len(CONFIG_FAULTS)
     for _, expected in CONFIG_FAULTS.values():
         assert sum(all(words in line for words in expected) for line in lines) == 1
 
 
-def complaints(config: Path) -> list[str]:
+def complaints_about(config: Path) -> list[str]:
     """The lines that a run on two processes leaves, which must be all that it leaves."""
     with started(2, "train_ddp.py", "--config", str(config), stderr=subprocess.PIPE) as process:
-        first = next(line for line in process.stderr if line.startswith("error: "))
-        too_late = threading.Timer(GONE_WITHIN_S, process.kill_all)
+        too_late = threading.Timer(TIMEOUT_S, process.kill_all)
         too_late.start()
-        rest = process.stderr.read()
+        errors = process.stderr.read()
         process.wait()
-        assert too_late.is_alive(), f"everybody is gone within {GONE_WITHIN_S} s"
+        assert too_late.is_alive(), f"everybody is gone within {TIMEOUT_S} s"
         too_late.cancel()
         assert not process.family(), "nobody is left"
-    ours = rest.partition("torch/distributed/")[0]  # torchrun's own report follows
-    assert "Traceback" not in ours
-    assert "exitcode  : 2 " in rest, "torchrun reports the ranks' own status"
-    lines = [first, *(line for line in ours.splitlines() if line.startswith("error: "))]
-    for line in lines:
-        assert line.removeprefix("error: ").split(" [rank")[0].strip() in rest, "and the cause"
-    return lines
+    assert errors.count("Traceback") == 1, "torchrun's own"
+    assert errors.count("exitcode  : 2 ") == 2, "torchrun reports the ranks' own status"
+    return complaints(errors)
+
+
+def test_what_is_said_before_restarts_is_said_once(tiny) -> None:
+    done = run(2, "--max-restarts=2", "train_ddp.py", "--config", tiny(), "optim.lr=-1", "eval.foo=3", status=1)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert [line.partition(": found")[0] for line in lines if "found" in line] == ["error: command line: 'optim.lr=-1': optim.lr"]
+    first, _, rest = done.stderr.partition("attempt_2/")
+    assert [first.count(line.removeprefix("error: ")) for line in lines] == [1, 1], "at the first start"
+    assert complaints(rest) == [line.removeprefix("error: ") for line in lines], "and at the end"
+
+
+def test_a_terminal_gets_no_control_characters_from_torchruns_report(tiny) -> None:
+    done = run(2, "train_ddp.py", "--config", tiny(), 'data.root="a\\e[31m"', status=1)
+    assert "\x1b" not in done.stderr
+    (line,) = complaints(done.stderr)
+    assert line.startswith("data.root: a\\x1b[31m: no such folder")
+
+
+def test_the_log_of_a_run_says_why_its_next_start_failed(tiny, tmp_path: Path) -> None:
+    config = tiny()
+    run(2, "train_ddp.py", "--config", config)
+    done = run(2, "train_ddp.py", "--config", config, "data.root=/no/such/place", status=1)
+    (line,) = complaints(done.stderr)
+    log = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert log[-1].endswith(f" error: {line}")
+    assert sum(line in one for one in log) == 1
 
 
 def test_plain_python_exits_with_2_and_all_problems_at_once(tiny) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.same_bits import NETWORKS, SHARDS, fingerprints, train
 from fcn.checkpoints import load_checkpoint, save_checkpoint
-from tests.dist.ranks import run
+from tests.dist.ranks import complaints, run
 
 STEPS = 6
 """`python -m benchmarks.same_bits` takes a hundred."""
@@ -130,7 +130,7 @@ def test_a_network_that_mixes_images_is_refused_on_every_rank(tiny, tmp_path, mo
     monkeypatch.setattr("tests.dist.ranks.IMPORTS", (str(tmp_path),))
     config = tiny(model={"name": "mixing:Mixing"}, train__shards=4, train__precision="fp32")
     done = run(2, "train_ddp.py", "--config", config, status=1)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    lines = complaints(done.stderr)
     assert len(lines) == 1
     assert "the network itself (Mixing) computes different bits for a sample" in lines[0]
     assert "Traceback" not in done.stdout

@@ -140,13 +140,42 @@ def test_the_model_of_one_process_is_not_wrapped():
 def test_the_report_of_torchrun_shows_the_reported_failure(tmp_path, monkeypatch):
     file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
-    distributed.report_failure("config.yaml: optim.lr: found -1")
+    assert distributed.report_failure("config.yaml: optim.lr: found -1")
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
     assert "config.yaml: optim.lr: found -1" in str(ChildFailedError("train_ddp.py", {0: failure}))
+
+
+def test_the_report_of_torchrun_has_the_message_of_all_ranks_once_and_last(tmp_path, monkeypatch):
+    failures = {}
+    for rank in (2, 1, 0):
+        file = tmp_path / f"{rank}.json"
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+        for name, value in (("RANK", 4 + rank), ("WORLD_SIZE", 8), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(name, str(value))
+        assert distributed.report_failure("optim.lr: found -1\noptim.\x1b: unknown key", of_all=True)
+        failures[4 + rank] = ProcessFailure(local_rank=rank, pid=1, exitcode=2, error_file=str(file))
+    report = str(ChildFailedError("train_ddp.py", failures))
+    cause = report.partition("Root Cause")[2]
+    assert "  traceback : optim.lr: found -1\n  optim.\\x1b: unknown key\n" in cause
+    assert report.count("optim.lr: found -1") == 1
+
+
+@pytest.mark.parametrize(("count", "most", "enough"), [(0, 0, True), (0, 3, False), (1, 3, True), (3, 3, True)])
+def test_the_report_of_torchrun_is_not_waited_for_through_restarts(tmp_path, monkeypatch, count, most, enough):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(most))
+    assert distributed.report_failure("message") is enough
+    assert (tmp_path / "error.json").exists()
+
+
+def test_a_report_that_cannot_be_written_is_not_relied_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "error.json"))
+    assert not distributed.report_failure("message")
 
 
 def test_without_torchrun_no_failure_file_is_written(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     monkeypatch.chdir(tmp_path)
-    distributed.report_failure("message")
+    assert not distributed.report_failure("message")
     assert list(tmp_path.iterdir()) == []
