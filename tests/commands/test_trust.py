@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from fcn.checkpoints import save_checkpoint
+from fcn.checkpoints import load_checkpoint, save_checkpoint
 from fcn.errors import InputError
 from tests.cli import call, train
 from tests.dist.ranks import CHECKOUT, complaints, run
@@ -228,3 +228,15 @@ def test_escape_sequences_reach_no_terminal(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert "IoU \\x1b[31mred" in shown
+
+
+@pytest.mark.parametrize("change", [{"model": {}}, {"step": None, "classes": None}, {"tracker_id": None}])
+def test_a_checkpoint_that_lacks_something_is_not_resumed_from(shapes_root, tmp_path, change):
+    words = ["--config", str(CHECKOUT / "configs/quickstart.yaml"), f"data.root={shapes_root}", "data.workers=0"]
+    words += ["model.width=2", "train.batch_size=2", "train.steps=1", "eval.pictures=0", "wandb.mode=disabled"]
+    assert train([*words, f"run_dir={tmp_path / 'run'}"]) == 0
+    state = load_checkpoint(tmp_path / "run")
+    left = {key: value for key, value in (state | change).items() if value is not None}
+    save_checkpoint(tmp_path / "other.pt", left)
+    with pytest.raises(InputError, match=r"other\.pt: (does not fit this run \(.+\); resume from|holds weights only)"):
+        train([*words, f"run_dir={tmp_path / 'next'}", f"resume={tmp_path / 'other.pt'}"])
