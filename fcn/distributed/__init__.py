@@ -7,7 +7,7 @@ from fcn.lazy import door
 
 __getattr__, __all__ = door(
     __name__,
-    collectives="all_gather all_gather_object all_reduce_sum all_reduce_sum_async barrier broadcast "
+    collectives="all_gather all_gather_object all_reduce_sum all_reduce_sum_async barrier broadcast broadcast_object "
     "raise_on_all_ranks require_equal run_on_all_ranks",
     ddp="data_parallel no_sync",
     diagnosis="Diagnosis",

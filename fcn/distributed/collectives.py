@@ -56,6 +56,15 @@ def all_gather_object(value: T) -> list[T]:
     return values
 
 
+def broadcast_object(value: T) -> T:
+    """Rank 0's `value` on every rank. For plain data of any size."""
+    if not is_active():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
+
+
 def barrier() -> None:
     if is_active():
         all_gather_object(None)

@@ -22,6 +22,8 @@ from fcn.training.run import Run
 LOCK = "lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """How file systems say that they have none."""
+MOST_BYTES = 10_000
+"""Of the file, which has a line."""
 PATIENCE_S = 30
 """How long a run waits for one that may be about to leave, such as the same one before it was started again."""
 
@@ -38,11 +40,33 @@ def lock_run_dir(run: Run, console: Console) -> Iterator[None]:
     """
     patience = min(PATIENCE_S, run.config.train.timeout / 2)
     file = distributed.run_on_all_ranks(lambda: _lock(run, console, patience) if run.context.rank == 0 else None)
+    _warn_if_not_shared(run, console)
     try:
         yield
     finally:
         if file:
             file.close()
+
+
+def _warn_if_not_shared(run: Run, console: Console) -> None:
+    """Say if machines have run directories of their own, by what rank 0 has just written into the lock's file."""
+    path = run.folder / LOCK
+
+    def read() -> str:
+        with contextlib.suppress(OSError, ValueError):
+            return read_text(path, MOST_BYTES, errors="replace")
+        return ""
+
+    wanted, deadline = distributed.all_gather_object(read())[0], time.monotonic() + 2
+    while read() != wanted and time.monotonic() < deadline:  # NFS shows a new file after a while
+        time.sleep(0.2)
+    hosts = distributed.all_gather_object(None if read() == wanted else socket.gethostname())
+    apart = [f"rank {rank} on {host}" for rank, host in enumerate(hosts) if host]
+    if apart:
+        console.warning(
+            f"run_dir: {run.folder} is another folder for {', '.join(apart[:4])}{' and more' * (len(apart) > 4)}; only "
+            f"rank 0's has checkpoints, and a resume needs rank 0 there; use an absolute path on a shared file system"
+        )
 
 
 def _lock(run: Run, console: Console, patience: float) -> BinaryIO | None:
@@ -89,7 +113,7 @@ def record_failure_if_idle(folder: Path, text: str) -> None:
 def _holder(path: Path) -> str:
     """Who says in the file that it holds the lock."""
     try:
-        found = json.loads(read_text(path, 10_000, errors="replace"))
+        found = json.loads(read_text(path, MOST_BYTES, errors="replace"))
         job = f", SLURM job {found['job']}" if found["job"] else ""
         return f": process {found['pid']} on {found['host']}{job}, since {found['since']}"
     except (OSError, ValueError, TypeError, KeyError):

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from fcn import checkpoints, distributed
 from fcn.config import Config, flatten, save_config, to_dict
@@ -124,9 +125,8 @@ def start_or_resume(run: Run, console: Console) -> None:
     """Rank 0 picks a checkpoint and all ranks load it. Without one the run starts, perhaps from pretrained weights."""
     path = distributed.all_gather_object(distributed.run_on_all_ranks(lambda: _pick_checkpoint(run, console)))[0]
     if path:
-        changes = distributed.run_on_all_ranks(
-            lambda: run.load_state_dict(checkpoints.load_checkpoint(path), Path(path))
-        )
+        state = _read_on_all_ranks(path, run.context.rank)
+        changes = distributed.run_on_all_ranks(lambda: run.load_state_dict(state, Path(path)))
         console.line(f"resuming at step {run.step}/{run.steps} from {path}")
         for change in changes:
             console.line(f"changed since that checkpoint: {change}")
@@ -134,6 +134,14 @@ def start_or_resume(run: Run, console: Console) -> None:
     elif run.config.model.weights:
         _load_pretrained(run, console)
     distributed.run_on_all_ranks(lambda: _write_config(run))
+
+
+def _read_on_all_ranks(path: str, rank: int) -> dict[str, Any]:
+    """A checkpoint; ranks that do not see rank 0's file get its content from there."""
+    if all(distributed.all_gather_object(Path(path).is_file())):
+        return distributed.run_on_all_ranks(lambda: checkpoints.load_checkpoint(path))
+    state = distributed.run_on_all_ranks(lambda: checkpoints.load_checkpoint(path) if rank == 0 else None)
+    return distributed.broadcast_object(state)
 
 
 def _pick_checkpoint(run: Run, console: Console) -> str | None:

@@ -67,3 +67,15 @@ def test_a_killed_rank_takes_its_workers_along(tiny):
         process.communicate(timeout=60)
         assert process.returncode != 0
         assert not process.left()
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_nothing_is_left_when_torchrun_and_all_ranks_are_killed_at_once(tiny, mode):
+    config = tiny(**LONG | {"wandb__mode": mode})
+    with started(2, "train_ddp.py", "--config", config) as process:
+        wait_for_line(process, "step 5/500")
+        assert ("wandb" in " ".join(process.left(0).values())) == (mode == "offline")
+        for pid in (process.pid, process.rank(0), process.rank(1)):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+        assert not process.left(30)
