@@ -79,10 +79,12 @@ def carry_out(args: argparse.Namespace, run: Run, console: Console, examined: Ex
     with distributed.file_heartbeat(run.folder, context, started, run.step, run.steps) as heartbeat:
 
         def leave_early() -> None:
-            console.record(tracking.event("stop", step=run.step))
-            heartbeat.state = "preempted"
-            heartbeat.publish(heartbeat.record())
-            distributed.leave_at_once(PREEMPTED)
+            try:
+                console.record(tracking.event("stop", step=run.step))
+                heartbeat.state = "preempted"
+                heartbeat.publish(heartbeat.record())
+            finally:
+                distributed.leave_at_once(PREEMPTED)
 
         stop.leave_early = leave_early
         training.show_start(run, console, hosts)

@@ -20,7 +20,7 @@ from fcn.config.keys import Loss, Model, options_of
 from fcn.config.load import MAY_CHANGE
 from fcn.data import LAYOUTS, build_dataset, classes_and_format
 from fcn.metrics import CLASS_METRICS, METRICS, scores
-from fcn.models import MODELS, build_model, convert_dropout, convert_sync_batchnorm, examine
+from fcn.models import MODELS, Examined, build_model, convert_dropout, convert_sync_batchnorm, examine
 from fcn.training.losses import LOSSES
 from tests.cli import train
 
@@ -400,7 +400,7 @@ def test_the_network_of_the_example(monkeypatch):
     for size in ((1, 1), (17, 21)):
         assert network.eval()(torch.zeros(2, 3, *size)).shape == (2, 5, *size)
     keys, network = convert_dropout(network), convert_sync_batchnorm(network)
-    assert examine(network, keys, 5, (17, 21), torch.autocast("cpu", enabled=False), sync_bn=True) == ([], [], False)
+    assert examine(network, keys, 5, (17, 21), torch.autocast("cpu", enabled=False), sync_bn=True) == Examined([], [])
 
 
 def test_the_data_set_of_the_example(monkeypatch, tmp_path):

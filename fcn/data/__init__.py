@@ -19,5 +19,5 @@ __getattr__, __all__ = door(
     masks="MaskFormat index_format",
     samplers="EvalSampler GlobalBatchSampler RankBatch SampleRef",
     transforms="EvalTransform TrainTransform to_input",
-    workers="Patience batch_loader require_shared_memory",
+    workers="PREFETCHED Patience batch_loader require_shared_memory",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import multiprocessing.context
@@ -55,26 +56,53 @@ class BatchLoader(DataLoader):
     patience = ENDLESS
 
     def __iter__(self) -> Iterator[Any]:
-        items = super().__iter__()
-        for _ in range(len(self)):
-            began = time.monotonic()
-            while True:
-                try:
-                    item = next(items)
-                    break
-                except (RuntimeError, OSError, EOFError) as error:
-                    if str(error).startswith("DataLoader timed out"):
-                        if self.patience.stop_asked():
-                            yield None
-                            return
-                        if time.monotonic() - began < 0.8 * self.patience.timeout_s:
-                            continue
-                    fault = _fault_of_workers(error, time.monotonic() - began) if self.num_workers else None
-                    if fault is None:
-                        raise
-                    yield fault
+        with _without_advice():
+            items = super().__iter__()
+        gave_up = False
+        try:
+            for _ in range(len(self)):
+                item = self._next(items)
+                gave_up = item is None or isinstance(item, _GaveUp)
+                yield item.fault if isinstance(item, _GaveUp) else item
+                if gave_up:
                     return
-            yield item
+        finally:
+            if gave_up or self.patience.stop_asked():  # PyTorch would wait for each of them
+                for worker in getattr(items, "_workers", ()):
+                    worker.kill()
+
+    def _next(self, items: Iterator[Any]) -> Any:
+        began = time.monotonic()
+        while True:
+            try:
+                return next(items)
+            except (RuntimeError, OSError, EOFError) as error:
+                timed_out = str(error).startswith("DataLoader timed out")
+                if timed_out and self.patience.stop_asked():
+                    return None
+                pinning = getattr(items, "_pin_memory_thread", None)
+                if timed_out and pinning and not pinning.is_alive():
+                    raise RuntimeError("the thread that pins memory has ended") from None
+                if timed_out and time.monotonic() - began < 0.8 * self.patience.timeout_s:
+                    continue
+                fault = _fault_of_workers(error, time.monotonic() - began) if self.num_workers else None
+                if fault is None:
+                    raise
+                return _GaveUp(fault)
+
+
+class _GaveUp(NamedTuple):
+    """No further item will come."""
+
+    fault: InputError
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """About more workers than cores, by each process; the start screen says how many there are."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
 
 
 def _fault_of_workers(error: RuntimeError | OSError | EOFError, waited_s: float) -> InputError | None:
@@ -85,8 +113,11 @@ def _fault_of_workers(error: RuntimeError | OSError | EOFError, waited_s: float)
             f"data.workers: no batch came for {waited_s:.0f} s, because a worker waits for a file or hangs; look at "
             f"the storage of data.root, or find the place with data.workers=0"
         )
-    known = ("DataLoader worker (", "Too many open files")
-    if text.startswith("Caught ") or (isinstance(error, RuntimeError) and not text.startswith(known)):
+    if text.startswith("Too many open files"):
+        return InputError(
+            "data.workers: too many open files; raise the limit with ulimit -n, or set fewer data.workers"
+        )
+    if text.startswith("Caught ") or (isinstance(error, RuntimeError) and not text.startswith("DataLoader worker (")):
         return None
     # An OSError: the worker had batches that were still to be fetched from it.
     return InputError(
@@ -99,9 +130,7 @@ def batch_loader(
     batches: Dataset, sampler: Iterable, workers: int, device: torch.device, patience: Patience = ENDLESS
 ) -> BatchLoader:
     """`batches[key]` for each key that the sampler yields, in order."""
-    with warnings.catch_warnings():
-        # About more workers than cores, by each process; the start screen says how many there are.
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
+    with _without_advice():
         loader = BatchLoader(
             _Shared(batches) if workers else batches,
             batch_size=None,  # the sampler yields whole batches
@@ -171,27 +200,27 @@ def _start_worker(_: int) -> None:
     end_with_creator()
 
 
-def require_shared_memory(workers: int, largest_batch: int) -> None:
+def require_shared_memory(workers: int, need: float) -> None:
     """Compare what the workers of all processes on this machine hold at a time with what is free; all ranks call it.
 
     Args:
         workers: of this process.
-        largest_batch: bytes.
+        need: of this process's workers, in bytes.
 
     Raises:
         InputError: on every rank, if it is not enough on any machine.
     """
-    me, mine = socket.gethostname(), workers * PREFETCHED * largest_batch
-    needs = [need for host, need in distributed.all_gather_object((me, mine)) if host == me]
+    me = socket.gethostname()
+    needs = [theirs for host, theirs in distributed.all_gather_object((me, need)) if host == me]
 
     def compare() -> None:
         if not (workers and SHARED_MEMORY.is_dir()):
             return
         state = os.statvfs(SHARED_MEMORY)
-        need, free = sum(needs) / 1e6, state.f_bavail * state.f_frsize / 1e6
-        if need > free:
+        total, free = sum(needs) / 1e6, state.f_bavail * state.f_frsize / 1e6
+        if total > free:
             raise InputError(
-                f"data.workers: found {workers}, and what the workers of this run hold on {me} takes {need:,.1f} MB of "
+                f"data.workers: found {workers}, and what this run's workers hold on {me} takes {total:,.1f} MB of "
                 f"{SHARED_MEMORY}, where {free:,.1f} MB are free; {MORE_SHARED_MEMORY}"
             )
 

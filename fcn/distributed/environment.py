@@ -58,8 +58,8 @@ def report_failure(message: str, of_all: bool = False) -> bool:
         of_all: every rank fails with this message; the report has it once for each machine.
 
     Returns:
-        Whether that is enough. Without torchrun it is not, nor before restarts, which may take minutes: the user should
-        learn at the first failure what they are about.
+        Whether that is enough. Without torchrun it is not, nor before a restart, unless the attempt before said the
+        same: the report knows the last attempt only, and the others may take hours.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
@@ -73,7 +73,16 @@ def report_failure(message: str, of_all: bool = False) -> bool:
     except OSError:
         return False
     done, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
-    return done > 0 or most == 0
+    return done >= most or _was_reported(Path(path), done, failure)
+
+
+def _was_reported(path: Path, attempt: int, failure: Mapping[str, object]) -> bool:
+    """Whether the attempt before this one ended with the same message; torchrun has a folder for each."""
+    before = path.parents[1].with_name(f"attempt_{attempt - 1}") / path.parent.name / path.name
+    try:
+        return json.loads(before.read_text(encoding="utf-8"))["message"]["message"] == failure["message"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def wait_for_the_message(seconds: float = 15) -> None:

@@ -12,8 +12,6 @@ import threading
 from collections.abc import Callable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-ORPHAN_S = 20
-"""How long a process whose launcher was killed may take to save; launchers give about that much themselves."""
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl."""
 
@@ -31,9 +29,17 @@ def end_with_launcher() -> None:
     Before `StopFlag.listen` it ends the process, afterwards the run is saved first. A process that was started by hand
     may outlive its shell.
     """
-    launched = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
-    if launched and sys.platform == "linux":
+    if _launched() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _launched() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
+
+
+def _grace_s() -> float:
+    """What torchrun would leave to a process between SIGTERM and SIGKILL."""
+    return float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
 
 
 def end_with_creator() -> None:
@@ -84,16 +90,18 @@ class StopFlag:
             for number in numbers:
                 if number in (signal.SIGINT, signal.SIGTERM) and signal.SIGINT in self.received:
                     self.leave(number)
-                if number == signal.SIGTERM and os.getppid() != self._launcher:  # nobody will ask a second time
-                    last_chance = threading.Timer(ORPHAN_S, self.leave, (number,))
+                if number == signal.SIGTERM and _launched() and os.getppid() != self._launcher:
+                    last_chance = threading.Timer(_grace_s(), self.leave, (number,))  # nobody else will end it
                     last_chance.daemon = True
                     last_chance.start()
                 if number in SIGNALS:
                     first = not self.received
                     self.received.add(number)
-                    if first and self.leave_early:
-                        self.say(f"{signal.Signals(number).name}: leaving at once, as there is nothing to save yet")
-                        self.leave_early()
+                    leave_early = self.leave_early  # the main thread may take it away
+                    if first and leave_early:
+                        name = signal.Signals(number).name
+                        self.say(f"{name}: leaving at once, as there is nothing to save yet")
+                        leave_early()
                     elif first:
                         again = "; again to leave immediately" if number == signal.SIGINT else ""
                         self.say(f"{signal.Signals(number).name}: leaving after the next step, once it is saved{again}")

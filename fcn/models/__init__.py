@@ -9,7 +9,8 @@ __getattr__, __all__ = door(
     __name__,
     build="MODELS build_model shapes_of",
     custom="Examined examine",
-    layers="DoublingConv2d SampleKeys SyncBatchNorm2d convert_dropout convert_sync_batchnorm",
+    layers="DoublingConv2d SampleKeys SingleValueError SyncBatchNorm2d SynchronisedSubclass convert_dropout "
+    "convert_sync_batchnorm",
     precision="DTYPES Precision",
     sharded="convert_shards examine_shards",
 )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import random
+import time
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +43,10 @@ def build_custom(path: str, num_classes: int, options: Mapping[str, Any]) -> nn.
     return network
 
 
-def _stay(module: nn.Module, _: bool = True) -> nn.Module:
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    """`Module.train` of a module that stays in evaluation mode; the ones in it follow, unless they stay, too."""
+    for child in module.children():
+        child.train(mode)
     return module
 
 
@@ -52,12 +57,14 @@ def _logits_in_evaluation(module: nn.Module, _: Any, output: Any) -> Any:
 class Examined(NamedTuple):
     """What a run says about a network, one line each, and does about it."""
 
-    notes: list[str]
-    """What depends on the number of processes."""
-    warnings: list[str]
+    notes: Sequence[str] = ()
+    """What depends on the number of processes, or is not as it usually is."""
+    warnings: Sequence[str] = ()
     """What does not train."""
-    skips: bool
+    skips: bool = False
     """Whether it skips parts of itself at random, as with stochastic depth: a step may reach fewer parameters."""
+    draws_by_image: bool = False
+    """Whether it draws more random numbers for more images."""
 
 
 class _Trial(NamedTuple):
@@ -68,11 +75,14 @@ class _Trial(NamedTuple):
     skipped: set[str]
     """Parameters that some forward passes reached."""
     draws: bool
-    unsynchronised: list[str]
+    draws_by_image: bool
+    irregular: set[str]
+    """Subclasses of BatchNorm2d that do not call `F.batch_norm` once."""
 
 
-FORWARDS = 16
-"""Passes of a network that draws random numbers. A block that is skipped at a rate of 1/2 is missed once in 32,000."""
+FORWARDS, TRIAL_SIDE, TRIAL_S = 32, 64, 20.0
+"""Most passes of a network that draws random numbers, on each rank; the size of their images; and most seconds. One
+rank misses a block that is skipped in 1 of 5 steps once in 1,300 starts."""
 
 
 def examine(
@@ -99,37 +109,44 @@ def examine(
         InputError: on every rank, if the output is not what training and evaluation need.
     """
 
+    rank = distributed.read_place(os.environ).rank
+
     def attempt() -> _Trial:
         with distributed.alone():  # a network may take another path on each rank
-            return _try(network, keys, num_classes, size, autocast)
+            return _try(network, keys, num_classes, size, autocast, rank)
 
     trials = distributed.all_gather_object(distributed.run_on_all_ranks(attempt))
+    for name in set.union(*(trial.irregular for trial in trials)):
+        network.get_submodule(name).restore()
     unused = set.intersection(*(trial.unused for trial in trials))
     skipped = set.union(*(trial.unused | trial.skipped for trial in trials)) - unused
     for name in unused:
         network.get_parameter(name).requires_grad_(False)
-    names = [name for name, _ in network.named_parameters()]
+    draws, sizes = any(trial.draws for trial in trials), {key: p.numel() for key, p in network.named_parameters()}
     notes, warnings = [], []
     if unused:
-        never = [name for name in names if name in unused]
-        size_of = {name: parameter.numel() for name, parameter in network.named_parameters()}
-        share = sum(size_of[name] for name in never) / sum(size_of.values())
-        warnings.append(f"the loss does not depend on {_some(never)}, {share:.1%} of the weights: they stay untrained")
-    if skipped:
-        notes.append(
-            f"it skips {_some([name for name in names if name in skipped])} in some steps: all processes draw the same "
-            f"random numbers, so that they skip the same"
+        share = sum(sizes[name] for name in unused) / sum(sizes.values())
+        warnings.append(
+            f"the loss does not depend on {_some([name for name in sizes if name in unused])}, {share:.1%} of the "
+            f"weights: they stay untrained"
         )
-    elif any(trial.draws for trial in trials):
+    if skipped:
+        how = "all processes draw the same random numbers, so that they skip the same" if draws else "on some processes"
+        notes.append(f"it skips {_some([name for name in sizes if name in skipped])} in some steps: {how}")
+    elif draws:
         notes.append(
             "it draws random numbers other than by nn.Dropout and nn.Dropout2d on (N, …): a resumed run repeats them, "
             "but another number of processes or micro-batches draws others"
         )
-    if sync_bn and (norms := trials[0].unsynchronised):
+    if resting := [name for name, module in network.named_modules() if "train" in vars(module)]:
+        outermost = [name for name in resting if not any(name.startswith(f"{other}.") for other in resting)]
+        notes.append(f"{_some(outermost)} stay in evaluation mode, as your function left them")
+    if sync_bn and (norms := [name for name, module in network.named_modules() if _unsynchronised(module)]):
         notes.append(
-            f"batch statistics of {_some(norms)} are not those of the global batch: only nn.BatchNorm2d is converted"
+            f"batch statistics of {_some(norms)} are not those of the global batch: only nn.BatchNorm2d is converted, "
+            f"and its subclasses that call F.batch_norm once"
         )
-    return Examined(notes, warnings, bool(skipped))
+    return Examined(notes, warnings, bool(skipped), any(trial.draws_by_image for trial in trials))
 
 
 def _try(
@@ -138,30 +155,53 @@ def _try(
     num_classes: int,
     size: tuple[int, int],
     autocast: contextlib.AbstractContextManager,
+    rank: int,
 ) -> _Trial:
     trial, trial_keys = copy.deepcopy((network, keys))
     first = next(network.parameters(), None)
     if first is None or not any(parameter.requires_grad for parameter in network.parameters()):
         raise InputError("model.name: the network has no parameters that require a gradient, so nothing to train")
-    seeding.seed_generators(0)
+
+    def step(count: int, size: tuple[int, int], seed: int) -> tuple[set[str], Any]:
+        """(parameters that get a gradient, what the generators' states are afterwards)."""
+        images = torch.rand(count, 3, *size, dtype=first.dtype, device=first.device)
+        trial_keys.value = torch.arange(count, device=first.device)
+        seeding.seed_generators(seed)
+        return _reached(trial, images, num_classes, autocast), _random_states(first.device)
+
     images = torch.rand(2, 3, *size, dtype=first.dtype, device=first.device)
     trial_keys.value = torch.arange(2, device=first.device)
     with torch.no_grad(), autocast:
         _check("in evaluation", trial.eval()(images), images, num_classes)
     trial.train()
     wanted = {name for name, parameter in trial.named_parameters() if parameter.requires_grad}
-    reached, skipped, draws = set(), set(), False
-    for number in range(FORWARDS):
-        seeding.seed_generators(number)
-        before = _random_states(first.device)
-        found = _reached(trial, images, num_classes, autocast)
-        draws = draws or before != _random_states(first.device)
+    reached, after = step(2, size, 0)
+    seeding.seed_generators(0)
+    draws, skipped, by_image = after != _random_states(first.device), wanted - reached, False
+    norms = {name: module for name, module in trial.named_modules() if isinstance(module, SynchronisedSubclass)}
+    irregular = {name for name, module in norms.items() if module.calls not in (None, 1)}
+    for module in norms.values():
+        module.calls = None
+    if norms:  # more images make more parts
+        step(5, size, 0)
+    irregular |= {name for name, module in norms.items() if module.calls not in (None, 1)}
+    deadline, small = time.monotonic() + TRIAL_S, tuple(min(side, TRIAL_SIDE) for side in size)
+    for number in range(FORWARDS if draws else 0):
+        if time.monotonic() > deadline:
+            break
+        try:
+            found, _ = step(2, small, 1 + rank * FORWARDS + number)
+        except Exception:  # it needs larger images
+            small = size
+            found, _ = step(2, small, 1 + rank * FORWARDS + number)
         reached |= found
         skipped |= wanted - found
-        if not draws:
-            break
-    norms = [name for name, module in network.named_modules() if _unsynchronised(module)]
-    return _Trial(wanted - reached, skipped & reached, draws, norms)
+    if skipped & reached:
+        try:
+            by_image = step(1, small, 0)[1] != step(2, small, 0)[1]
+        except ValueError:  # BatchNorm of one value
+            by_image = True
+    return _Trial(wanted - reached, skipped & reached, draws, by_image, irregular)
 
 
 def _reached(

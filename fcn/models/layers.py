@@ -52,6 +52,10 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         )
 
 
+class SingleValueError(ValueError):
+    """What PyTorch calls a ValueError in one process, about the values of all ranks together."""
+
+
 def sync_batch_norm(
     images: torch.Tensor,
     running_mean: torch.Tensor | None,
@@ -65,7 +69,7 @@ def sync_batch_norm(
     """`F.batch_norm` in training, of all ranks' batches together; every rank must call it.
 
     Raises:
-        ValueError: on every rank, if a channel has a single value, of which there is no variance.
+        SingleValueError: on every rank, if a channel has a single value, of which there is no variance.
     """
     if weight is None:  # affine=False
         wide = torch.promote_types(images.dtype, torch.float32)
@@ -88,21 +92,39 @@ class SynchronisedSubclass:
     With shards it is not: `sharded.ShardBatchNorm` computes each of them by itself.
     """
 
+    calls: int | None = None
+    """Of `F.batch_norm` in the first training pass. Unless there is one, ranks could call it at different times."""
+
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        if self.training and distributed.is_active() and "shards" not in self.__dict__:  # type: ignore[attr-defined]
-            with _SyncedCalls():
-                return super().forward(*inputs, **options)  # type: ignore[misc]
-        return super().forward(*inputs, **options)  # type: ignore[misc]
+        counted = self.calls is not None and not distributed.is_active()
+        if counted or not self.training or "shards" in self.__dict__:  # type: ignore[attr-defined]
+            return super().forward(*inputs, **options)  # type: ignore[misc]
+        with _SyncedCalls() as intercepted:
+            output = super().forward(*inputs, **options)  # type: ignore[misc]
+        if self.calls is None:
+            self.calls = intercepted.count
+        return output
+
+    def restore(self) -> None:
+        """Become the subclass itself again."""
+        self.__class__ = type(self).__bases__[1]  # type: ignore[assignment]
 
 
 class _SyncedCalls(TorchFunctionMode):
+    count = 0
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is F.batch_norm:
             call = inspect.signature(F.batch_norm).bind(*args, **kwargs)
             call.apply_defaults()
             images, mean, variance, weight, bias, training, momentum, eps = call.arguments.values()
-            if training:
+            self.count += training
+            if training and distributed.is_active():
+                if self.count > 1:  # other ranks may have fewer calls, and would wait
+                    raise RuntimeError(
+                        "a subclass of BatchNorm2d calls F.batch_norm more than once; set train.sync_bn=false"
+                    )
                 return sync_batch_norm(images, mean, variance, weight, bias, momentum, eps)
         return function(*args, **kwargs)
 
@@ -152,7 +174,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         means, variances, counts = everywhere.unbind(1)
         count = counts[:, 0].sum()
         if local <= 1 and count <= 1:  # so no rank has more, and every rank raises
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
+            raise SingleValueError(f"Expected more than 1 value per channel, got input size {list(x.shape)}")
         mean = (means * counts).sum(0) / count
         # Chan, Golub, LeVeque 1979: no difference of large numbers, so the parts' rounding stays the only one.
         variance = ((variances + (means - mean).square()) * counts).sum(0) / count

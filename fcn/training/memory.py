@@ -132,7 +132,7 @@ class Trial:
         few = 1
         try:
             least = self.bytes_of_step(few)
-        except ValueError as error:
+        except (ValueError, InputError) as error:
             if "more than 1 value per channel" not in str(error):
                 raise
             few = 2

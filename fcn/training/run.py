@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,34 @@ from fcn.models import (
     examine,
     examine_shards,
 )
-from fcn.tracking import Record, versions
+from fcn.tracking import Record, is_sound, versions
 from fcn.training.losses import build_loss
 from fcn.training.nonfinite import FP16_SEARCH, NonFiniteGuard
 from fcn.training.optim import WeightAverage, build_optimizer, learning_rate
 from fcn.training.state import TrainingState
 from fcn.training.step import accumulation
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _is_score(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and is_sound({"step": 0} | value))
+
+
+PARTS: dict[str, Callable[[Any], bool]] = {
+    "config": _is(dict),
+    "model": _is(dict),
+    "optimizer": _is(dict),
+    "scaler": _is(dict),
+    "step": lambda value: isinstance(value, int) and value >= 0,
+    "train_images": _is(int),
+    "best": _is_score,
+    "last_eval": _is_score,
+    "tracker_id": _is(str),
+}
+"""What a checkpoint must have to continue from it. The file may be foreign."""
 
 
 class Run:
@@ -124,8 +147,13 @@ class Run:
         Raises:
             InputError: the checkpoint belongs to another run, or has no training state.
         """
-        if not {"optimizer", "train_images", "best", "last_eval", "tracker_id"} <= state.keys():
+        if "optimizer" not in state:
             raise InputError(f"{source}: holds weights only; resume from a step_*.pt file")
+        odd = [key for key, accepts in PARTS.items() if key not in state or not accepts(state[key])]
+        if odd:
+            raise InputError(
+                f"{source}: {', '.join(odd)}: missing or not what training writes; resume from another file"
+            )
         fatal, harmless = config_changes(state["config"], to_dict(self.config))
         if state["train_images"] != len(self.train_split):
             fatal.append(f"images of the training split: {state['train_images']} → {len(self.train_split)}")
@@ -140,7 +168,7 @@ class Run:
             )
         try:
             self.state.load_state_dict(state)
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{source}: does not fit this run ({reason:.500}); resume from another file") from None
         self.replaced = tuple(state.get("replaced", ()))
@@ -191,10 +219,16 @@ def build_run(
         model = convert_sync_batchnorm(model)
     precision = Precision.of(config, context.device)
     model = precision.place(model)
-    examined = Examined([], [], False)
+    examined = Examined()
     own, size = config.model.name not in MODELS, config.data.crop or (64, 64)
     if own:
         examined = examine(model, sample_keys, classes, size, precision.autocast(), sync_bn=train.sync_bn)
+    equal_parts = len(set(images_of_processes(train, context.size))) == 1
+    if examined.skips and examined.draws_by_image and not equal_parts:
+        raise InputError(
+            f"train.uneven: {config.model.name} skips parts of itself at random and draws for each image, so processes "
+            f"with more images would skip others; set train.batch_size to a multiple of {context.size}"
+        )
     shards = None
     if train.shards:
         if examined.skips:
@@ -223,6 +257,7 @@ def build_run(
         aux_weight=config.loss.aux_weight,
         shards=shards,
         sample_keys=sample_keys,
+        equal_parts=equal_parts,
         skips=examined.skips,
         nonfinite=NonFiniteGuard(
             train.max_nonfinite + (FP16_SEARCH if train.precision == "fp16" else 0), context.device

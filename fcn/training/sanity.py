@@ -9,9 +9,9 @@ import numpy as np
 from fcn.config import Config
 from fcn.data import IGNORE_INDEX, Classes, LabelCounts
 
-ENOUGH_IMAGES, ENOUGH_STEPS = 256, 300
-"""When labels are judged: after an epoch that is no shorter than so many images, or in a long one after so many steps,
-which say nothing about a rare class yet."""
+ENOUGH_EPOCHS, ENOUGH_IMAGES, ENOUGH_STEPS = 3, 256, 300
+"""When labels are judged: after so many epochs, because a crop may miss a rare class, and images; in long epochs also
+after so many steps, which say nothing about a rare class yet."""
 TRAINED_STEPS = 100
 """Before so many steps a network may predict anything."""
 
@@ -25,11 +25,15 @@ class SanityCheck:
 
     def __init__(self, config: Config, classes: Classes, images: int) -> None:
         self.names, self.batch_size = classes.names, config.train.batch_size
-        self.enough = max(images, ENOUGH_IMAGES)
+        self.enough = max(ENOUGH_EPOCHS * images, ENOUGH_IMAGES)
         ignored = config.loss.ignore_index
         self.ignored_class = ignored if ignored < len(classes) else None
-        self.chosen = ignored != IGNORE_INDEX or "ignore" in (config.data.values or {})
+        own = ":" in config.data.name
+        self.chosen = own or ignored != IGNORE_INDEX or "ignore" in (config.data.values or {})
         """Whether the user has said what is ignored, so that much of it is meant."""
+        self.remedy = "look at the data set with python -m fcn check"
+        if config.data.name == "folder":
+            self.remedy = "say in data.values what each value of a mask means, and count them with python -m fcn check"
         self.pixels = np.zeros(256, np.int64)
         self.seen = 0
         """Images."""
@@ -52,25 +56,23 @@ class SanityCheck:
 
     def _judge_labels(self, whole: bool) -> str | None:
         wanted = [label for label in range(len(self.names)) if label != self.ignored_class]
-        missing = [self.names[label] for label in wanted if not self.pixels[label]]
+        missing = [label for label in wanted if not self.pixels[label]]
         ignored = self.pixels[IGNORE_INDEX] / max(1, self.pixels.sum())
         found = []
         if len(missing) == len(wanted):
             found.append("no pixel is labelled")
         elif len(missing) == len(wanted) - 1 > 0:
-            (only,) = set(wanted) - {self.names.index(name) for name in missing}
+            (only,) = set(wanted) - set(missing)
             found.append(f"every labelled pixel is {self.names[only]!r}")
         elif missing and whole:
-            shown = ", ".join(map(repr, missing[:4])) + (f" or {len(missing) - 4} more" if len(missing) > 4 else "")
+            shown = ", ".join(repr(self.names[label]) for label in missing[:4])
+            shown += f" or {len(missing) - 4} more" if len(missing) > 4 else ""
             found.append(f"no pixel is labelled {shown}")
         if (ignored > 0.5 and not self.chosen) or (found and ignored > 0.01):
             found.append(f"{ignored:.0%} of the pixels are ignored")
         if not found:
             return None
-        return (
-            f"data: in the {self.seen:,} images so far, {' and '.join(found)}; if that is not meant, say in "
-            f"data.values what each value of a mask means; python -m fcn check counts the pixels of each class"
-        )
+        return f"data: in the {self.seen:,} images so far, {' and '.join(found)}; if that is not meant, {self.remedy}"
 
     def evaluation(self, counts: Sequence[Sequence[int]], split: str, last: bool) -> str | None:
         """Look at a confusion matrix (C, C), labels down; says if the network predicts one class for everything.

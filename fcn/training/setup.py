@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import math
 import os
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from fcn import checkpoints, distributed
 from fcn.config import Config, flatten, save_config, to_dict
 from fcn.data import (
+    PREFETCHED,
     CachedDataset,
     SegmentationDataset,
     build_dataset,
@@ -102,23 +104,26 @@ def require_room_for_batches(run: Run) -> None:
         InputError: on every rank, if it is not enough on any machine.
     """
     config, context = run.config, run.context
-    validation = run.splits[config.data.val]
-    pixels = config.eval.batch_size * _typical_pixels(validation)
-    if config.data.crop:
-        of_an_image = math.prod(config.data.crop)
-    else:
-        of_an_image = _typical_pixels(run.train_split) * (config.data.scale or (1, 1))[1] ** 2
-    mine = images_of_processes(config.train, context.size)[context.rank]
-    require_shared_memory(config.data.workers, round(4 * (mine * of_an_image + pixels)))  # bytes of image and mask
+    data, evaluation = config.data, config.eval
+    in_flight = data.workers * PREFETCHED
+    train_pixels = math.prod(data.crop) if data.crop else _typical_pixels(run.train_split, data.scale or (1, 1))
+    train_images = in_flight * images_of_processes(config.train, context.size)[context.rank]
+    validation = run.splits[data.val]
+    eval_pixels = _typical_pixels(validation, (1, 1))
+    if evaluation.preset == "center_crop":
+        eval_pixels = min(eval_pixels, math.prod(evaluation.crop or data.crop or (eval_pixels, 1)))
+    eval_images = min(in_flight * evaluation.batch_size, math.ceil(len(validation) / context.size))
+    pixels = train_images * train_pixels + eval_images * eval_pixels
+    require_shared_memory(data.workers, 4 * pixels)  # bytes of image and mask
 
 
-def _typical_pixels(split: SegmentationDataset) -> int:
-    """The most pixels of a few images, spread over a split."""
-    sizes = [0]
+def _typical_pixels(split: SegmentationDataset, scale: tuple[float, float]) -> float:
+    """The median of a few images, spread over a split, at a mean scale."""
+    sizes = []
     for index in range(0, len(split), max(1, len(split) // 16)):
         with contextlib.suppress(InputError):  # a broken file is a fault when it is read
             sizes.append(math.prod(split.size(index)))
-    return max(sizes)
+    return statistics.median(sizes or [0]) * (sum(scale) / 2) ** 2
 
 
 def start_or_resume(run: Run, console: Console) -> None:

@@ -43,6 +43,8 @@ class TrainingState:
     """The parts of the global batch that are computed by themselves."""
     sample_keys: SampleKeys | None = None
     """Where the network's dropout finds the keys of the samples."""
+    equal_parts: bool = True
+    """Whether all ranks have as many images."""
     skips: bool = False
     """Whether the network skips parts of itself at random; then all ranks skip the same."""
     nonfinite: NonFiniteGuard | None = None

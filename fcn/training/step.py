@@ -13,7 +13,7 @@ from torch import nn
 from fcn import distributed, seeding
 from fcn.data import Batch, LabelCounts, TrainingBatch
 from fcn.errors import InputError
-from fcn.models import SyncBatchNorm2d
+from fcn.models import SingleValueError, SyncBatchNorm2d, SynchronisedSubclass
 from fcn.training.nonfinite import BufferSnapshot
 from fcn.training.optim import set_learning_rate
 from fcn.training.state import TrainingState
@@ -73,7 +73,7 @@ def _accumulate_gradients(state: TrainingState, batch: TrainingBatch) -> torch.T
             state.shards.computing(shards) if state.shards else nullcontext(),
         ):
             memory = saved_on_host() if state.offload else nullcontext()
-            with _naming_single_values(), state.precision.autocast(), memory:
+            with _naming_single_values(state.equal_parts), state.precision.autocast(), memory:
                 outputs = state.network(state.precision.to_input(images, sizes if batch.padded else None))
                 if not isinstance(outputs, Mapping):
                     outputs = {"out": outputs}
@@ -89,12 +89,13 @@ def _accumulate_gradients(state: TrainingState, batch: TrainingBatch) -> torch.T
 
 
 @contextmanager
-def _naming_single_values() -> Iterator[None]:
-    """Say what to do when BatchNorm, PyTorch's or ours, gets one value."""
+def _naming_single_values(equal_parts: bool) -> Iterator[None]:
+    """Say what to do when BatchNorm, PyTorch's or ours, gets one value, if it does so on all ranks."""
     try:
         yield
     except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
+        everywhere = equal_parts or isinstance(error, SingleValueError)
+        if "more than 1 value per channel" not in str(error) or not everywhere:
             raise
         raise InputError(
             f"train.batch_size: a BatchNorm layer gets a single value of each channel, without a variance ({error}); "
@@ -155,6 +156,6 @@ def accumulation(model: nn.Module, micro_batch: int | None, images: int) -> tupl
 
     BatchNorm's statistics of the global batch need all of a rank's images at once.
     """
-    if micro_batch and any(isinstance(module, SyncBatchNorm2d) for module in model.modules()):
+    if micro_batch and any(isinstance(module, SyncBatchNorm2d | SynchronisedSubclass) for module in model.modules()):
         return None, images > micro_batch
     return micro_batch, False

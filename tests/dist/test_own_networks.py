@@ -55,7 +55,8 @@ NETWORKS = """
 
         def __init__(self, num_classes):
             super().__init__(num_classes)
-            self.blocks[1].eval()
+            self.blocks.eval()
+            self.blocks[0].train()  # all but the first block stay as they are
             self.stem[1].eval()
 
         def skips(self, number):
@@ -72,6 +73,36 @@ NETWORKS = """
         def forward(self, images):
             x = self.stem(images)
             return self.head(x + self.pool(x))
+
+    class ByImage(StochasticDepth):
+        '''Draws for each image, too.'''
+
+        def forward(self, images):
+            torch.rand(len(images))
+            return super().forward(images)
+
+        def skips(self, number):
+            return torch.rand(()).item() < 0.4
+
+    class WithActivation(nn.BatchNorm2d):
+        def forward(self, images):
+            return super().forward(images).relu()
+
+    class Ghost(nn.BatchNorm2d):
+        '''Hoffer, Hubara, Soudry 2017: statistics of parts of the batch.'''
+
+        def forward(self, images):
+            return torch.cat([super(Ghost, self).forward(part) for part in images.split(2)])
+
+    class ByItself(nn.BatchNorm2d):
+        def forward(self, images):
+            mean, var = images.mean((0, 2, 3), keepdim=True), images.var((0, 2, 3), keepdim=True)
+            return (images - mean) / (var + self.eps).sqrt() * self.weight[:, None, None] + self.bias[:, None, None]
+
+    def with_norm(num_classes, kind):
+        body = Frozen(num_classes)
+        body.blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), globals()[kind](4))])
+        return body
 
     class Still(Frozen):
         def __init__(self, num_classes):
@@ -119,30 +150,52 @@ def test_blocks_that_are_skipped_resume_to_the_same_bytes(own, tmp_path: Path) -
 
 def test_ranks_that_take_other_paths_train_together(own, tmp_path: Path) -> None:
     done = run(2, "train_ddp.py", "--config", own("ByRank"))
-    assert "it skips blocks.2.weight, blocks.2.bias in some steps" in done.stdout
+    assert "it skips blocks.2.weight, blocks.2.bias in some steps: on some processes" in done.stdout
     assert len(losses(tmp_path / "run")) == 10
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_statistics_that_the_user_froze_stay(own, tmp_path: Path, processes: int) -> None:
-    run(processes, "train_ddp.py", "--config", own("Frozen"))
+    done = run(processes, "train_ddp.py", "--config", own("Frozen"))
+    assert "note: own:Frozen: stem.1, blocks stay in evaluation mode, as your function left them" in done.stdout
     model = load_checkpoint(tmp_path / "run")["model"]
-    for layer in ("stem.1", "blocks.1.1"):
+    for layer in ("stem.1", "blocks.1.1", "blocks.2.1"):
         assert torch.equal(model[f"{layer}.running_mean"], torch.zeros(4, dtype=torch.float64))
         assert model[f"{layer}.num_batches_tracked"] == 0
-    for layer in ("blocks.0.1", "blocks.2.1"):
-        assert model[f"{layer}.num_batches_tracked"] == 10
+    assert model["blocks.0.1.num_batches_tracked"] == 10, "and evaluation moved nothing"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("sync_bn", [True, False])
+@pytest.mark.parametrize(("processes", "sync_bn"), [(1, True), (2, True), (2, False)])
 def test_statistics_of_a_single_value_are_refused_by_every_rank(own, processes: int, sync_bn: bool) -> None:
     size = 1 if sync_bn else processes
     config = own("Point", train__batch_size=size, train__uneven=True, train__sync_bn=sync_bn)
     done = run(processes, "train_ddp.py", "--config", config, status=2 if processes == 1 else 1)
     assert "train.batch_size: a BatchNorm layer gets a single value of each channel" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr.partition("torch/distributed/elastic")[0]
-    assert processes == 1 or done.stderr.count("exitcode  : 2 ") == processes
+    assert processes == 1 or "exitcode  : 2 " in done.stderr
+
+
+def test_blocks_that_ranks_could_not_skip_together_are_refused(own) -> None:
+    config = own("ByImage", train__batch_size=5, train__uneven=True)
+    done = run(2, "train_ddp.py", "--config", config, status=1)
+    assert "train.uneven: own:ByImage skips parts of itself at random and draws for each image" in done.stderr
+    run(2, "train_ddp.py", "--config", config, "train.batch_size=6", "train.steps=3")
+
+
+@pytest.mark.parametrize("kind", ["WithActivation", "Ghost", "ByItself"])
+def test_subclasses_of_batchnorm_in_unequal_parts(own, tmp_path: Path, kind: str) -> None:
+    """One that calls F.batch_norm once is synchronised, and takes all of a rank's images; the others are noted."""
+    config = own("", train__batch_size=5, train__uneven=True, train__micro_batch=2, train__steps=4)
+    name = "model={name: own:with_norm, options: {kind: " + kind + "}}"
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        done = run(processes, "train_ddp.py", "--config", config, name, f"run_dir={folder}")
+        assert ("batch statistics of blocks.0.1 are not" in done.stdout) == (kind != "WithActivation")
+        found.append(losses(folder))
+    assert len(found[1]) == 4
+    if kind == "WithActivation":
+        assert found[1] == pytest.approx(found[0], rel=1e-9)
 
 
 def test_two_values_are_enough(own, tmp_path: Path) -> None:

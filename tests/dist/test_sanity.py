@@ -47,8 +47,7 @@ def warnings_of(tmp_path: Path) -> list[str]:
 
 
 REMEDY = (
-    "; if that is not meant, say in data.values what each value of a mask means; python -m fcn check counts the pixels "
-    "of each class"
+    "; if that is not meant, say in data.values what each value of a mask means, and count them with python -m fcn check"
 )
 
 
