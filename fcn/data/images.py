@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from fcn.errors import InputError, OutOfMemory
@@ -84,6 +83,10 @@ def _decode_jpeg(image: Image.Image, exif: bool = True) -> np.ndarray | None:
     The bits are Pillow's: simplejpeg uses the same library more directly.
     """
     if image.format != "JPEG" or image.mode != "RGB" or (exif and orientation(image) != 1):
+        return None
+    try:
+        import simplejpeg
+    except ImportError:  # Pillow gives the same bits, more slowly
         return None
     image.fp.seek(0)
     try:

@@ -48,18 +48,21 @@ _before_stop: list[Callable[[], object]] = []
 def start(timeout_s: float = 1800) -> DistributedContext:
     """Find the device and join the process group.
 
-    NCCL carries GPU tensors, gloo carries CPU tensors. FCN_BACKEND=gloo uses gloo for both, so that several processes
-    can share one GPU, which NCCL refuses.
+    NCCL carries GPU tensors, gloo carries CPU tensors. With FCN_BACKEND several processes may share a GPU: gloo then
+    carries both, or NCCL is asked for it, which needs 2.30.
 
     Raises:
-        InputError: more processes on this machine than GPUs.
+        InputError: more processes on this machine than GPUs, or FCN_BACKEND is neither.
     """
     rank, size, local_rank, launcher = read_place(os.environ)
-    gloo_only = os.environ.get("FCN_BACKEND") == "gloo"
-    gpus = torch.cuda.device_count()
+    backend, gpus = os.environ.get("FCN_BACKEND", ""), torch.cuda.device_count()
+    if backend not in ("", "gloo", "nccl"):
+        raise InputError(f"FCN_BACKEND: found {backend}; accepted: gloo or nccl, for processes that share a GPU")
+    if backend == "nccl" and gpus:
+        _let_nccl_share_gpus()
     if gpus:
         one_gpu_a_task = launcher == "slurm" and gpus == 1  # srun --gpus-per-task=1 hides the other tasks' GPUs
-        if local_rank >= gpus and not gloo_only and not one_gpu_a_task:
+        if local_rank >= gpus and not backend and not one_gpu_a_task:
             if local_rank == gpus:
                 raise InputError(
                     f"found more processes here than the {gpus} GPUs; start torchrun with --nproc_per_node={gpus}"
@@ -72,7 +75,7 @@ def start(timeout_s: float = 1800) -> DistributedContext:
     if size > 1:
         if launcher == "slurm":
             os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = slurm_rendezvous(os.environ)
-        nccl = device.type == "cuda" and not gloo_only
+        nccl = device.type == "cuda" and backend != "gloo"
         if nccl:  # NCCL's flight recorder: what each rank did last, written to a file when a collective times out
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
             os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
@@ -89,6 +92,17 @@ def start(timeout_s: float = 1800) -> DistributedContext:
     global _current
     _current = DistributedContext(rank, size, local_rank, device, launcher, os.environ.get("SLURM_JOB_ID"))
     return _current
+
+
+def _let_nccl_share_gpus() -> None:
+    found = torch.cuda.nccl.version()
+    if found < (2, 30):
+        raise InputError(
+            f"FCN_BACKEND: nccl shares GPUs from NCCL 2.30 on, found {'.'.join(map(str, found))}; set FCN_BACKEND=gloo"
+        )
+    # It refuses duplicate GPUs by default, and a group with all of its channels would not fit beside another.
+    for name, value in {"MULTI_RANK_GPU_ENABLE": "1", "NVLS_ENABLE": "0", "MAX_CTAS": "4"}.items():
+        os.environ.setdefault(f"NCCL_{name}", value)
 
 
 def comm_timer() -> CommTimer:

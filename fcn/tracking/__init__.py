@@ -13,6 +13,6 @@ __getattr__, __all__ = door(
     records="TIME_FORMAT Record event is_sound read_foreign read_records read_summary resumed_steps rewind_metrics "
     "scores_name",
     tracker="Sample Scores Tracker Trackers",
-    wandb_process="WandbStart credentials",
+    wandb_process="WandbStart credentials wandb_is_installed",
     wandb_tracker="WandbTracker",
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import fcntl
+import importlib.util
 import json
 import netrc
 import os
@@ -26,6 +27,7 @@ from typing import Any, BinaryIO, TextIO
 from urllib.parse import urlsplit
 
 from fcn.data import IGNORE_INDEX, Classes
+from fcn.errors import InputError
 from fcn.metrics import CLASS_METRICS
 from fcn.tracking import plots
 from fcn.tracking.records import STEP_EVENTS, TIME_FORMAT, Record
@@ -408,6 +410,20 @@ def how_to_upload(run_dir: Path) -> str:
     """The line that tells the user what to type to upload the rest of a run."""
     command = f"python -m fcn.tracking.wandb_tracker {shlex.quote(str(run_dir))}"
     return f"W&B: not uploaded yet: {'' if credentials() else 'wandb login && '}{command}"
+
+
+def wandb_is_installed(mode: str) -> bool:
+    """Whether there is the package wandb; without it `wandb.mode: auto` records nothing there.
+
+    Raises:
+        InputError: it is missing, and another mode asks for it.
+    """
+    found = importlib.util.find_spec("wandb") is not None
+    if not found and mode != "auto":
+        raise InputError(
+            f"wandb.mode: found {mode}, but the package wandb is missing; pip install wandb, or set disabled"
+        )
+    return found
 
 
 def credentials() -> bool:

@@ -11,7 +11,7 @@ from fcn.checkpoints import checkpoint_path
 from fcn.config import TRUST_OPTION
 from fcn.metrics import METRICS, best_metric, shown
 from fcn.text import plural
-from fcn.tracking import Console, Record, credentials, event
+from fcn.tracking import Console, Record, credentials, event, wandb_is_installed
 from fcn.training.run import Run, images_of_processes
 
 
@@ -71,6 +71,8 @@ def _precision(run: Run) -> str:
 def _wandb(mode: str) -> str:
     if mode != "auto":
         return mode
+    if not wandb_is_installed(mode):
+        return "nothing recorded (the package wandb is missing: pip install wandb)"
     return "online" if credentials() else "offline (not logged in)"
 
 

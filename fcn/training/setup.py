@@ -36,6 +36,7 @@ from fcn.tracking import (
     read_summary,
     rewind_metrics,
     versions,
+    wandb_is_installed,
 )
 from fcn.training.run import Run, images_of_processes
 
@@ -206,7 +207,7 @@ def open_trackers(run: Run, console: Console) -> Trackers:
         trackers.add(lambda: console)
         trackers.add(lambda: MetricsFile(path, console.warning))
         console.attach(trackers.log)
-        if wandb.mode != "disabled":
+        if wandb.mode != "disabled" and wandb_is_installed(wandb.mode):
             start = WandbStart(
                 **to_dict(wandb),
                 run_dir=run.folder,
