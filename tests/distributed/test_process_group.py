@@ -160,13 +160,29 @@ def test_the_report_of_torchrun_has_the_message_of_all_ranks_once_and_last(tmp_p
     assert report.count("optim.lr: found -1") == 1
 
 
-@pytest.mark.parametrize(("count", "most", "enough"), [(0, 0, True), (0, 3, False), (1, 3, True), (3, 3, True)])
-def test_the_report_of_torchrun_is_not_waited_for_through_restarts(tmp_path, monkeypatch, count, most, enough):
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(most))
-    assert distributed.report_failure("message") is enough
-    assert (tmp_path / "error.json").exists()
+@pytest.mark.parametrize(
+    ("before", "count", "most", "enough"),
+    [
+        (None, 0, 0, True),
+        (None, 0, 3, False),
+        ("message", 1, 3, True),
+        ("another message", 1, 3, False),
+        (None, 1, 3, False),
+        ("another message", 3, 3, True),
+    ],
+)
+def test_what_the_report_of_torchrun_will_not_show_is_said(tmp_path, monkeypatch, before, count, most, enough):
+    """It shows the last attempt; the same message need not be said at each."""
+    for attempt in range(count + 1):
+        (tmp_path / f"attempt_{attempt}" / "1").mkdir(parents=True)
+    for attempt, message in ((count - 1, before), (count, "message")):
+        if message:
+            monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / f"attempt_{attempt}" / "1" / "error.json"))
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+            monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(most))
+            found = distributed.report_failure(message)
+    assert found is enough
+    assert (tmp_path / f"attempt_{count}" / "1" / "error.json").exists()
 
 
 def test_a_report_that_cannot_be_written_is_not_relied_on(tmp_path, monkeypatch):
