@@ -63,8 +63,8 @@ def run_on_ranks(main: Callable[[argparse.Namespace, DistributedContext], int], 
     except Exception as error:
         if not distributed.is_communication_failure(error):
             if diagnosis:
-                diagnosis.last_words(f"{type(error).__name__}: {error}")
-                _record(args, f"rank {context.rank} failed: {type(error).__name__}: {error}")
+                diagnosis.last_words(_in_a_line(error))
+                _record(args, f"rank {context.rank} failed: {_in_a_line(error)}")
             raise
         # No bug of this rank: another one hung, failed, or was cut off.
         cause = f"{diagnosis.diagnose()} ({(str(error) or type(error).__name__).splitlines()[0]})"
@@ -97,6 +97,12 @@ def say(text: object) -> None:
         print(printable(str(text)), flush=True)
     except BrokenPipeError:  # of `… | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _in_a_line(error: Exception) -> str:
+    """Kind and text; one from a loader's worker ends with them, after the worker's traceback."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1] if lines[0].startswith("Caught ") else f"{type(error).__name__}: {lines[0]}"
 
 
 def _say(message: str) -> None:

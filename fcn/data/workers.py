@@ -12,7 +12,7 @@ import signal
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,7 +85,8 @@ class BatchLoader(DataLoader):
                     raise RuntimeError("the thread that pins memory has ended") from None
                 if timed_out and time.monotonic() - began < 0.8 * self.patience.timeout_s:
                     continue
-                fault = _fault_of_workers(error, time.monotonic() - began) if self.num_workers else None
+                codes = [worker.exitcode for worker in getattr(items, "_workers", ()) if worker.exitcode]
+                fault = _fault_of_workers(error, time.monotonic() - began, codes) if self.num_workers else None
                 if fault is None:
                     raise
                 return _GaveUp(fault)
@@ -105,8 +106,14 @@ def _without_advice() -> Iterator[None]:
         yield
 
 
-def _fault_of_workers(error: RuntimeError | OSError | EOFError, waited_s: float) -> InputError | None:
-    """What is wrong with the workers; None if the error comes from the data set's own code."""
+def _fault_of_workers(
+    error: RuntimeError | OSError | EOFError, waited_s: float, codes: Sequence[int]
+) -> InputError | None:
+    """What is wrong with the workers; None if the error comes from the data set's own code.
+
+    Args:
+        codes: exit statuses of those that have ended, negative for signals.
+    """
     text = str(error)
     if text.startswith("DataLoader timed out"):
         return InputError(
@@ -115,14 +122,20 @@ def _fault_of_workers(error: RuntimeError | OSError | EOFError, waited_s: float)
         )
     if text.startswith("Too many open files"):
         return InputError(
-            "data.workers: too many open files; raise the limit with ulimit -n, or set fewer data.workers"
+            "data.workers: too many open files; raise the limit (ulimit -n), or set data.workers to fewer"
         )
     if text.startswith("Caught ") or (isinstance(error, RuntimeError) and not text.startswith("DataLoader worker (")):
         return None
-    # An OSError: the worker had batches that were still to be fetched from it.
+    # Or an OSError: the worker had batches that were still to be fetched from it.
+    if codes and codes[0] > 0:
+        return InputError(
+            f"data.workers: a worker exited with status {codes[0]}, which the code that reads the data must not do; "
+            f"find the place with data.workers=0"
+        )
+    how = f"killed by {signal.Signals(-codes[0]).name}" if codes else text or type(error).__name__
     return InputError(
-        f"data.workers: a worker died ({text or type(error).__name__}), most often for want of memory; look for it in "
-        f"the system's log, and set data.workers to fewer, or to 0"
+        f"data.workers: a worker died ({how}), most often for want of memory; look for it in the system's log, and set "
+        f"data.workers to fewer, or to 0"
     )
 
 

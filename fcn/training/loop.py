@@ -99,6 +99,12 @@ def train_to_the_end(session: Session) -> None:
         observe(session, batch, result)
         validate_if_due(session)
         save_if_due(session)
+    _, streak = check_finite(session)
+    if streak:
+        session.console.warning(
+            f"the loss or the gradient of the last {streak} steps was not finite, so these weights may be useless; "
+            f"lower optim.lr, lengthen optim.warmup or set train.grad_clip"
+        )
 
 
 def begin_to_save(session: Session) -> None:
@@ -133,7 +139,7 @@ def observe(session: Session, batch: TrainingBatch, result: StepResult) -> None:
         run.replaced = ()
     if run.is_due(run.config.train.log_every):
         _log_step(session, result)
-    if finding := session.sanity.step(batch.label_counts):
+    if finding := session.sanity.step(batch.label_counts, run.step == run.steps):
         session.console.warning(finding)
 
 

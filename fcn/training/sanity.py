@@ -11,7 +11,7 @@ from fcn.data import IGNORE_INDEX, Classes, LabelCounts
 
 ENOUGH_EPOCHS, ENOUGH_IMAGES, ENOUGH_STEPS = 3, 256, 300
 """When labels are judged: after so many epochs, because a crop may miss a rare class, and images; in long epochs also
-after so many steps, which say nothing about a rare class yet."""
+after so many steps, which say nothing about a rare class yet. A shorter run is judged at its end."""
 TRAINED_STEPS = 100
 """Before so many steps a network may predict anything."""
 
@@ -25,7 +25,8 @@ class SanityCheck:
 
     def __init__(self, config: Config, classes: Classes, images: int) -> None:
         self.names, self.batch_size = classes.names, config.train.batch_size
-        self.enough = max(ENOUGH_EPOCHS * images, ENOUGH_IMAGES)
+        self.epochs = ENOUGH_EPOCHS * images
+        self.enough = max(self.epochs, ENOUGH_IMAGES)
         ignored = config.loss.ignore_index
         self.ignored_class = ignored if ignored < len(classes) else None
         own = ":" in config.data.name
@@ -41,13 +42,14 @@ class SanityCheck:
         self._constant = 0
         """Evaluations in a row with a single predicted class."""
 
-    def step(self, counts: LabelCounts) -> str | None:
-        """Count the labels of a global batch; returns what is wrong with those so far, once there are enough."""
+    def step(self, counts: LabelCounts, last: bool) -> str | None:
+        """Count the labels of a global batch; returns what is wrong with those so far, once there are enough, or after
+        the last step."""
         self.seen += self.batch_size
         if self._labels_judged:
             return None
         self.pixels += counts.pixels
-        whole = self.seen >= self.enough
+        whole = self.seen >= (self.epochs if last else self.enough)
         if not whole and self.seen < ENOUGH_STEPS * self.batch_size:
             return None
         finding = self._judge_labels(whole)

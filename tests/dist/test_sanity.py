@@ -60,6 +60,12 @@ def test_a_class_that_is_drawn_as_255(folder, tmp_path: Path, processes) -> None
     )
 
 
+def test_a_short_run_says_it_at_its_end(folder, tmp_path: Path) -> None:
+    run(1, "train_ddp.py", "--config", folder(striped(0, 0, 255), train__steps=4))
+    (said,) = warnings_of(tmp_path)
+    assert said.startswith("data: in the 48 images so far, every labelled pixel is 'background'")
+
+
 def test_a_class_without_pixels_among_others(folder, tmp_path: Path) -> None:
     run(1, "train_ddp.py", "--config", folder(striped(0, 2), classes=("background", "cat", "dog")))
     (said,) = warnings_of(tmp_path)

@@ -47,6 +47,9 @@ DATA = """
         def die(self):
             os.kill(os.getpid(), signal.SIGKILL)
 
+        def leave(self):
+            os._exit(3)
+
         def hang(self):
             time.sleep(3600)
 
@@ -84,7 +87,8 @@ SLOW = pytest.mark.campaign
 @pytest.mark.parametrize(
     ("how", "timeout", "cause"),
     [
-        ("die", 600, "data.workers: a worker died (DataLoader worker (pid(s) "),
+        ("die", 600, "data.workers: a worker died (killed by SIGKILL), most often for want of memory"),
+        pytest.param("leave", 600, "data.workers: a worker exited with status 3, which", marks=pytest.mark.campaign),
         ("hang", 20, "because a worker waits for a file or hangs; look at the storage of data.root"),
     ],
 )
@@ -106,6 +110,8 @@ def test_a_bug_in_a_worker_keeps_its_traceback(fragile, tmp_path: Path) -> None:
         output = ended(process)
     assert process.returncode == 1
     assert "in stumble" in output
+    (failure,) = records(tmp_path / "run", "failure")
+    assert failure["text"] == "rank 0 failed: KeyError: 'a bug'"
 
 
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=SLOW), 2])

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fcn.config import load_config
-from fcn.data import build_dataset, loaders
+from fcn.data import build_dataset, loaders, workers
 from fcn.distributed import DistributedContext, StopFlag
 from fcn.tracking import Console, MetricsFile, Trackers
 from fcn.training import build_run, loop
@@ -33,7 +33,10 @@ class HostSyncs(TorchDispatchMode):
         if name in WAITING:
             files = (frame.f_code.co_filename for frame, _ in traceback.walk_stack(None))
             asking = next(file for file in files if file.startswith(str(PACKAGE)))
-            if asking != loaders.__file__:  # which asks about batches that are in host memory on any machine
+            if asking not in (
+                loaders.__file__,
+                workers.__file__,
+            ):  # which ask about batches that are in host memory on any machine
                 self.seen.setdefault(self.step(), []).append(f"{name} in {asking}")
         return function(*args, **(kwargs or {}))
 
