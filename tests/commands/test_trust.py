@@ -230,7 +230,7 @@ def test_escape_sequences_reach_no_terminal(tmp_path, capsys):
     assert "IoU \\x1b[31mred" in shown
 
 
-@pytest.mark.parametrize("change", [{"model": {}}, {"step": None, "classes": None}, {"tracker_id": None}])
+@pytest.mark.parametrize("change", [{"model": {}}, {"step": -1}, {"step": None}, {"tracker_id": 3}, {"config": [1]}])
 def test_a_checkpoint_that_lacks_something_is_not_resumed_from(shapes_root, tmp_path, change):
     words = ["--config", str(CHECKOUT / "configs/quickstart.yaml"), f"data.root={shapes_root}", "data.workers=0"]
     words += ["model.width=2", "train.batch_size=2", "train.steps=1", "eval.pictures=0", "wandb.mode=disabled"]
@@ -238,5 +238,6 @@ def test_a_checkpoint_that_lacks_something_is_not_resumed_from(shapes_root, tmp_
     state = load_checkpoint(tmp_path / "run")
     left = {key: value for key, value in (state | change).items() if value is not None}
     save_checkpoint(tmp_path / "other.pt", left)
-    with pytest.raises(InputError, match=r"other\.pt: (does not fit this run \(.+\); resume from|holds weights only)"):
+    said = r"other\.pt: (does not fit this run \(.+\)|(step|tracker_id|config): .+); resume from another file"
+    with pytest.raises(InputError, match=said):
         train([*words, f"run_dir={tmp_path / 'next'}", f"resume={tmp_path / 'other.pt'}"])
