@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import random
 import time
 import types
@@ -50,6 +49,10 @@ def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
     return module
 
 
+def _stays(module: nn.Module) -> bool:
+    return getattr(module.train, "__func__", None) is _stay
+
+
 def _logits_in_evaluation(module: nn.Module, _: Any, output: Any) -> Any:
     return output.get("out", output) if isinstance(output, Mapping) and not module.training else output
 
@@ -93,6 +96,7 @@ def examine(
     autocast: contextlib.AbstractContextManager,
     *,
     sync_bn: bool,
+    seed: int = 0,
 ) -> Examined:
     """Try a copy of a converted and placed network on two random images; every rank must call it.
 
@@ -104,16 +108,15 @@ def examine(
         size: height and width of the images.
         autocast: a reusable context for the forward pass.
         sync_bn: whether batch statistics should be those of all processes.
+        seed: of what the network draws; another one on each rank tries more.
 
     Raises:
         InputError: on every rank, if the output is not what training and evaluation need.
     """
 
-    rank = distributed.read_place(os.environ).rank
-
     def attempt() -> _Trial:
         with distributed.alone():  # a network may take another path on each rank
-            return _try(network, keys, num_classes, size, autocast, rank)
+            return _try(network, keys, num_classes, size, autocast, seed)
 
     trials = distributed.all_gather_object(distributed.run_on_all_ranks(attempt))
     for name in set.union(*(trial.irregular for trial in trials)):
@@ -122,7 +125,16 @@ def examine(
     skipped = set.union(*(trial.unused | trial.skipped for trial in trials)) - unused
     for name in unused:
         network.get_parameter(name).requires_grad_(False)
-    draws, sizes = any(trial.draws for trial in trials), {key: p.numel() for key, p in network.named_parameters()}
+    draws, by_image = any(trial.draws for trial in trials), any(trial.draws_by_image for trial in trials)
+    notes, warnings = _remarks(network, unused, skipped, draws, sync_bn)
+    return Examined(notes, warnings, bool(skipped), by_image)
+
+
+def _remarks(
+    network: nn.Module, unused: set[str], skipped: set[str], draws: bool, sync_bn: bool
+) -> tuple[list[str], list[str]]:
+    """(notes, warnings); see `Examined`."""
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
     notes, warnings = [], []
     if unused:
         share = sum(sizes[name] for name in unused) / sum(sizes.values())
@@ -138,7 +150,7 @@ def examine(
             "it draws random numbers other than by nn.Dropout and nn.Dropout2d on (N, …): a resumed run repeats them, "
             "but another number of processes or micro-batches draws others"
         )
-    if resting := [name for name, module in network.named_modules() if "train" in vars(module)]:
+    if resting := [name for name, module in network.named_modules() if _stays(module)]:
         outermost = [name for name in resting if not any(name.startswith(f"{other}.") for other in resting)]
         notes.append(f"{_some(outermost)} stay in evaluation mode, as your function left them")
     if sync_bn and (norms := [name for name, module in network.named_modules() if _unsynchronised(module)]):
@@ -146,7 +158,7 @@ def examine(
             f"batch statistics of {_some(norms)} are not those of the global batch: only nn.BatchNorm2d is converted, "
             f"and its subclasses that call F.batch_norm once"
         )
-    return Examined(notes, warnings, bool(skipped), any(trial.draws_by_image for trial in trials))
+    return notes, warnings
 
 
 def _try(
@@ -155,7 +167,7 @@ def _try(
     num_classes: int,
     size: tuple[int, int],
     autocast: contextlib.AbstractContextManager,
-    rank: int,
+    seed: int,
 ) -> _Trial:
     trial, trial_keys = copy.deepcopy((network, keys))
     first = next(network.parameters(), None)
@@ -180,20 +192,22 @@ def _try(
     draws, skipped, by_image = after != _random_states(first.device), wanted - reached, False
     norms = {name: module for name, module in trial.named_modules() if isinstance(module, SynchronisedSubclass)}
     irregular = {name for name, module in norms.items() if module.calls not in (None, 1)}
+    small = tuple(min(side, TRIAL_SIDE) for side in size)
+    if draws or norms:
+        try:
+            step(2, small, 0)
+        except Exception:  # it needs larger images
+            small = size
     for module in norms.values():
         module.calls = None
     if norms:  # more images make more parts
-        step(5, size, 0)
+        step(5, small, 0)
     irregular |= {name for name, module in norms.items() if module.calls not in (None, 1)}
-    deadline, small = time.monotonic() + TRIAL_S, tuple(min(side, TRIAL_SIDE) for side in size)
+    deadline = time.monotonic() + TRIAL_S
     for number in range(FORWARDS if draws else 0):
         if time.monotonic() > deadline:
             break
-        try:
-            found, _ = step(2, small, 1 + rank * FORWARDS + number)
-        except Exception:  # it needs larger images
-            small = size
-            found, _ = step(2, small, 1 + rank * FORWARDS + number)
+        found, _ = step(2, small, 1 + seed * FORWARDS + number)
         reached |= found
         skipped |= wanted - found
     if skipped & reached:

@@ -222,7 +222,9 @@ def build_run(
     examined = Examined()
     own, size = config.model.name not in MODELS, config.data.crop or (64, 64)
     if own:
-        examined = examine(model, sample_keys, classes, size, precision.autocast(), sync_bn=train.sync_bn)
+        examined = examine(
+            model, sample_keys, classes, size, precision.autocast(), sync_bn=train.sync_bn, seed=context.rank
+        )
     equal_parts = len(set(images_of_processes(train, context.size))) == 1
     if examined.skips and examined.draws_by_image and not equal_parts:
         raise InputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +38,6 @@ def test_it_is_said_and_a_resume_gets_rank_0s_checkpoint(tiny, tmp_path: Path) -
         said = train(config, [one, other], f"train.steps={steps}")
         assert said[0].count("warning: run_dir: run is another folder for rank 1 on ") == 1
         assert not list((other / "run").glob("checkpoints/*"))
-        shutil.rmtree(one / "run" / "heartbeat")
     assert "resuming at step 4/8" in said[0]
     for steps in (4, 8):
         (said, _) = train(config, [together, together], f"train.steps={steps}")

@@ -133,9 +133,9 @@ def test_blocks_that_are_skipped_at_random_train_alike_on_any_number_of_processe
     (alone, weights), *others = found
     assert len(alone) == 12
     for loss, other in others:
-        assert loss == pytest.approx(alone, rel=1e-9)
+        assert loss == pytest.approx(alone, rel=1e-12)
         for key, tensor in weights.items():
-            torch.testing.assert_close(other[key], tensor, rtol=1e-8, atol=1e-8)
+            torch.testing.assert_close(other[key], tensor, rtol=1e-12, atol=1e-12)
 
 
 def test_blocks_that_are_skipped_resume_to_the_same_bytes(own, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_subclasses_of_batchnorm_in_unequal_parts(own, tmp_path: Path, kind: str
         found.append(losses(folder))
     assert len(found[1]) == 4
     if kind == "WithActivation":
-        assert found[1] == pytest.approx(found[0], rel=1e-9)
+        assert found[1] == pytest.approx(found[0], rel=1e-12)
 
 
 def test_two_values_are_enough(own, tmp_path: Path) -> None:

@@ -179,12 +179,12 @@ def test_control_characters_are_drawn_as_they_are_spelled(name, shown, recwarn):
 
     for one, other in zip(drawn(name), drawn(shown), strict=True):
         assert np.array_equal(one, other)
-    assert not [warning for warning in recwarn.list if warning.category is UserWarning]
+    assert not [warning for warning in recwarn.list if warning.category is not ResourceWarning]
 
 
 def test_characters_that_the_font_lacks_are_boxes_without_a_warning(recwarn):
     confusion(np.eye(3, dtype=int), Classes(("道路", "green", "blue"), (RED, GREEN, BLUE)))
-    assert not [warning for warning in recwarn.list if warning.category is UserWarning]
+    assert not [warning for warning in recwarn.list if warning.category is not ResourceWarning]
 
 
 @pytest.mark.parametrize("name", ["{}", "class {} of a long & winded $name$, longer than any that is known"])
