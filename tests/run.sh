@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Install what the tests need into the checkout's virtual environment and run them. Arguments go to pytest.
-# Works from any directory; a second start reuses what exists.
+# Works from any directory; a second start reuses what exists. In a clone of its own, REQUIREMENTS=tests/oldest.txt tests
+# the oldest versions that are supported.
 set -euo pipefail
 
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/env.sh"
-prepare_environment requirements.txt tests/requirements.txt
+prepare_environment "${REQUIREMENTS:-requirements.txt}" tests/requirements.txt
 cd "$checkout"
 
 ruff check .

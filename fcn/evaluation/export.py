@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.fx.experimental.dynamic_spec import ParamsSpec, ShapesSpec, ShapeVar, TensorSpec
 from torch.nn import functional
 
 from fcn.errors import InputError
@@ -75,7 +74,7 @@ def export_checkpoint(checkpoint: str, output: Path, *, logits: bool, force: boo
 
     Raises:
         InputError: the checkpoint cannot be used, the output cannot be written, a package is missing, or a user's own
-            network behaves differently as a program.
+            network behaves differently as a program; PyTorch is older than 2.14.
     """
     _check_output(output, force)
     trained = load_trained(checkpoint, [], torch.device("cpu"), trusted)
@@ -152,14 +151,27 @@ def trace(segmenter: Segmenter) -> ExportedProgram:
     1".
 
     Sizes are symbolic, so a branch on one is an error, not a silent specialisation.
+
+    Raises:
+        InputError: PyTorch is older than 2.14.
     """
-    batch, height, width = (ShapeVar(name, min=1) for name in DIMENSIONS)
-    sizes = ShapesSpec(params=ParamsSpec({INPUT: TensorSpec([batch, 3, height, width])}))
     example = torch.zeros(2, 3, 64, 96, dtype=torch.uint8)
-    program = torch.export.export(segmenter, (example,), dynamic_shapes=sizes)
+    program = torch.export.export(segmenter, (example,), dynamic_shapes=_any_size())
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # they contain paths of this machine
     return program
+
+
+def _any_size() -> Any:
+    try:
+        from torch.fx.experimental.dynamic_spec import ParamsSpec, ShapesSpec, ShapeVar, TensorSpec
+    except ImportError:
+        raise InputError(
+            f"export: found PyTorch {torch.__version__}, whose programs do not take images of every size; accepted: "
+            f"2.14 or newer; the checkpoint can be exported on any machine that has it"
+        ) from None
+    batch, height, width = (ShapeVar(name, min=1) for name in DIMENSIONS)
+    return ShapesSpec(params=ParamsSpec({INPUT: TensorSpec([batch, 3, height, width])}))
 
 
 # --- formats -------------------------------------------------------------------------------------------------------

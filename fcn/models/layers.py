@@ -99,7 +99,8 @@ class SynchronisedSubclass:
         counted = self.calls is not None and not distributed.is_active()
         if counted or not self.training or "shards" in self.__dict__:  # type: ignore[attr-defined]
             return super().forward(*inputs, **options)  # type: ignore[misc]
-        with _SyncedCalls() as intercepted:
+        intercepted = _SyncedCalls()
+        with intercepted:  # the compiler of PyTorch 2.11 loses what `as` would name
             output = super().forward(*inputs, **options)  # type: ignore[misc]
         if self.calls is None:
             self.calls = intercepted.count

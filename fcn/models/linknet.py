@@ -59,12 +59,11 @@ class LinkNet(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images (N, 3, H, W) float → logits (N, C, H, W)."""
         height, width = images.shape[-2:]
-        *skips, x = self.encoder(images)
-        for decoder in self.decoders:
-            skip = skips.pop()
-            x = decoder(x, skip.shape[-2:])
-            if skips:  # the paper links encoders' outputs; the last one here is the stem's and has no link
-                x = x + skip
+        stem, *skips, x = self.encoder(images)
+        *linked, last = self.decoders
+        for decoder, skip in zip(linked, reversed(skips), strict=True):
+            x = decoder(x, skip.shape[-2:]) + skip
+        x = last(x, stem.shape[-2:])  # the paper links encoders' outputs, but not the stem's
         x = self.relu(self.head_bn1(self.head_up(x, ((height + 1) // 2, (width + 1) // 2))))
         x = self.relu(self.head_bn2(self.head_conv(x)))
         return crop(self.classifier(x), (height, width))  # 2·⌈H/2⌉ is H or H + 1

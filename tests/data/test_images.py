@@ -38,6 +38,7 @@ def test_grey_becomes_three_equal_channels(tmp_path, suffix):
 @pytest.mark.parametrize("colours", [*({"subsampling": s} for s in ("4:4:4", "4:2:2", "4:2:0")), {"keep_rgb": True}])
 @pytest.mark.parametrize("quality", [30, 75, 98])
 def test_a_jpeg_has_pillows_bits(tmp_path, quality, colours, progressive):
+    pytest.importorskip("simplejpeg")
     path, rng = tmp_path / "image.jpg", np.random.default_rng(quality)
     for height, width in ((1, 1), (2, 3), (17, 16), (33, 70), (129, 95)):
         smooth = np.asarray(Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8)).resize((width, height), 3))
@@ -57,6 +58,7 @@ def test_photographs_have_pillows_bits(voc_root, camvid_root):
 
 def test_a_jpeg_with_a_flaw_is_what_pillow_makes_of_it(tmp_path):
     """A byte of the compressed data is another: some decoders notice, and some of that Pillow reads all the same."""
+    pytest.importorskip("simplejpeg")
     path = tmp_path / "image.jpg"
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(path, quality=90)

@@ -84,6 +84,7 @@ def test_a_run_leaves_what_the_design_names(tiny, tmp_path: Path) -> None:
 
 
 def test_a_split_without_a_labelled_pixel_has_no_score_and_a_later_one_is_the_best(tiny, tmp_path, shapes_root) -> None:
+    pytest.importorskip("wandb")
     root, folder = shutil.copytree(shapes_root, tmp_path / "shapes"), tmp_path / "run"
     for name in (root / "ImageSets/Segmentation/val.txt").read_text().split():
         mask = Image.open(root / f"SegmentationClass/{name}.png")

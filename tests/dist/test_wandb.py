@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -19,6 +20,8 @@ from tests.dist.ranks import CHECKOUT, command, environment
 from tests.dist.test_kills import finish, finished_lines, kill, start
 from tests.tracking.test_wandb import Recorded, processes_about, wait_for
 from tests.wandb_server import Server
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="needs wandb")
 
 STEPS, EVERY = 24, 12
 

@@ -191,6 +191,6 @@ def test_shared_memory_that_fills_up_ends_the_run(tiny, tmp_path: Path, processe
         (tmp_path / "note").touch()
         output = ended(process)
     assert "data.workers: a batch does not fit /dev/shm" in output
-    assert "No space left on device" in output and "--shm-size" in output
+    assert "--shm-size" in output
     assert "Queue feeder" not in output
     assert processes > 1 or process.returncode == 2

@@ -26,6 +26,7 @@ from fcn.evaluation.inference import infer
 from fcn.models import build_model
 from tests.cli import ALONE, call
 
+pytest.importorskip("torch.fx.experimental.dynamic_spec", reason="export needs PyTorch 2.14")
 CPU = torch.device("cpu")
 CLASSES = ["sky", "road", "tree", "car", "person"]
 PALETTE = [[10, 20, 30], [200, 100, 50], [90, 250, 70], [1, 2, 3], [0, 0, 255]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +22,8 @@ from fcn.tracking import Record, Sample, Scores, credentials, event, wandb_proce
 from fcn.tracking.wandb_process import WandbStart, media, recorded_step, recordings, row, unsynced
 from fcn.tracking.wandb_tracker import WandbTracker
 from tests.wandb_server import KEY, Server
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="needs wandb")
 
 RUN_ID = "abcd1234"
 CLASSES = Classes(("road", "sky"), ((128, 64, 128), (70, 130, 180)))
